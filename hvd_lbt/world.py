@@ -1,0 +1,16 @@
+"""Who takes part: a value handed to everything that must know (pure)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The place of this process among the workers.
+
+    rank, size: over all nodes; local_rank, local_size: on this node (local_rank picks the GPU).
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
