@@ -1,5 +1,13 @@
-"""The one kind of error a user can cause and mend."""
+"""The errors a user can cause and mend."""
 
 
 class UserError(ValueError):
     """Bad input: one paragraph that names the setting or the file, and says what would be right."""
+
+
+class SampleError(UserError):
+    """A sample that cannot be read or decoded; only the rank that met it knows."""
+
+
+class BadUpdatesError(UserError):
+    """Too many updates in a row had gradients that are not finite."""

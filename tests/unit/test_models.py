@@ -1,0 +1,83 @@
+"""The networks: published sizes, and ghost batch norm against plain batch norm."""
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.models import GhostBatchNorm2d, RunningStatistics, build_model
+from hvd_lbt.recipe import ModelRecipe
+
+
+def settings(name: str, **others) -> ModelRecipe:
+    return ModelRecipe.model_validate({"name": name, "stem": "imagenet", **others})
+
+
+# Parameters as published with torchvision's weights; WRN-16-4 has 2.7 M (Zagoruyko & Komodakis, table 4).
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("resnet18", 1000, 11_689_512),
+        ("resnet34", 1000, 21_797_672),
+        ("resnet50", 1000, 25_557_032),
+        ("wide_resnet16_4", 10, 2_748_890),
+    ],
+)
+def test_sizes_are_the_published_ones(name, classes, parameters):
+    model = build_model(settings(name), classes, ghost_batch=8)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, classes)
+
+
+def test_resnet50_has_torchvisions_names():
+    names = build_model(settings("resnet50"), 1000, ghost_batch=8).state_dict().keys()
+    assert len(names) == 320
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.downsample.1.weight"} <= names
+    assert {"layer4.2.conv3.weight", "layer4.2.bn3.num_batches_tracked", "fc.bias"} <= names
+
+
+@pytest.mark.parametrize("name", ["resnet19", "wide_resnet17_4", "vgg16"])
+def test_unknown_network_is_named(name):
+    with pytest.raises(UserError, match=f"model.name: '{name}'"):
+        build_model(settings("resnet18").model_copy(update={"name": name}), 10, ghost_batch=8)
+
+
+def test_too_few_outputs_are_refused():
+    with pytest.raises(UserError, match="model.num_classes: 5 .* 10 classes"):
+        build_model(settings("resnet18", num_classes=5), 10, ghost_batch=8)
+
+
+def test_one_group_is_plain_batch_norm():
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 5, 5) * 3 + 1
+    ghost, plain = GhostBatchNorm2d(3, ghost_batch=8), nn.BatchNorm2d(3)
+    statistics = RunningStatistics(nn.Sequential(ghost))
+    torch.testing.assert_close(ghost(images), plain(images), rtol=0, atol=0)
+    statistics.fold(global_batch=8)
+    torch.testing.assert_close(ghost.running_mean, plain.running_mean)
+    torch.testing.assert_close(ghost.running_var, plain.running_var)
+    ghost.eval(), plain.eval()
+    torch.testing.assert_close(ghost(images), plain(images))
+
+
+def test_groups_do_not_know_of_each_other_nor_of_the_micro_batch():
+    torch.manual_seed(0)
+    images = torch.randn(10, 3, 4, 4)
+    whole = GhostBatchNorm2d(3, ghost_batch=4)
+    parts = GhostBatchNorm2d(3, ghost_batch=4)
+    folds = [RunningStatistics(nn.Sequential(norm)) for norm in (whole, parts)]
+    together = whole(images)
+    apart = torch.cat([parts(images[:4]), parts(images[4:8]), parts(images[8:])])
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+    for fold in folds:
+        fold.fold(global_batch=10)
+    torch.testing.assert_close(whole.running_var, parts.running_var)
+
+
+def test_an_update_of_many_groups_moves_the_average_as_far_as_that_many_updates():
+    norm = GhostBatchNorm2d(1, ghost_batch=2)
+    statistics = RunningStatistics(nn.Sequential(norm))
+    norm(torch.full((6, 1, 1, 2), 5.0))  # three groups, each of mean 5
+    statistics.fold(global_batch=6)
+    assert norm.running_mean.item() == pytest.approx(5 * (1 - 0.9**3))
+    assert not statistics.collected.any()
