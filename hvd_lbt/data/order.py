@@ -1,0 +1,55 @@
+"""Which sample comes where, and its random numbers: functions of (seed, epoch, position) (pure).
+
+Both come from Philox 4×64 (J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), a function of key and counter with no state to keep. Only the generator's raw words are
+used: NumPy promises their stream for all versions, and does not promise its `permutation`'s.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORDS = 4  # 64-bit words that one value of Philox's counter gives
+ORDER, UNIFORMS = 0, 1  # what the words are for; each has keys of its own
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order of n samples in this epoch: a permutation of 0 … n − 1, int64 (n,).
+
+    seed in [0, 2^64), epoch in [0, 2^63).
+    """
+    words = _philox(seed, epoch, ORDER, 0).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def sample_uniforms(
+    seed: int, epoch: int, first_position: int, count: int, draws: int
+) -> NDArray[np.float64]:
+    """`draws` numbers in [0, 1) for each position of [first, first + count): (count, draws).
+
+    A position has ceil(draws / 4) counter values to itself, so a part of a range has the numbers
+    that the whole range has there.
+    """
+    blocks = -(-draws // WORDS)
+    generator = _philox(seed, epoch, UNIFORMS, first_position * blocks)
+    words = generator.random_raw(count * blocks * WORDS).reshape(count, blocks * WORDS)
+    bits = words[:, :draws] >> np.uint64(11)  # the 53 that float64 holds
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def stream_ranges(first_sample: int, count: int, n: int) -> list[tuple[int, int, int]]:
+    """[first, first + count) of the stream, cut at epochs: (epoch, first position, count) each.
+
+    The stream is epoch 0's n samples in their order, then epoch 1's, and so on.
+    """
+    ranges = []
+    at, end = first_sample, first_sample + count
+    while at < end:
+        epoch, position = divmod(at, n)
+        length = min(end - at, n - position)
+        ranges.append((epoch, position, length))
+        at += length
+    return ranges
+
+
+def _philox(seed: int, epoch: int, purpose: int, counter: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, 2 * epoch + purpose], np.uint64), counter=counter)

@@ -1,0 +1,425 @@
+"""A recipe: all settings of a run, typed and checked.
+
+A recipe is a YAML file, shipped in `hvd_lbt/recipes` or the user's own; `--set section.key=value`
+changes single settings. An unknown key or an impossible value is a UserError that names the key,
+the value, and what is allowed.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.noise import batch_of_equal_noise
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Triple = tuple[float, float, float]
+
+# Settings with which a run may be resumed otherwise: they change speed, memory, rounding or what is
+# told of the run, not what is computed.
+FREE_AT_RESUME: dict[str, Any] = {
+    "name": True,
+    "data": {"train_samples", "threads", "prefetch"},
+    "layout": {"micro_batch"},
+    "wire": {"bucket_mb"},
+    "run": {"eval_every", "keep_checkpoints", "channels_last", "max_bad_updates"},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataRecipe(_Section):
+    """How images are made."""
+
+    train_samples: Count | None = None
+    """N for the plan where no data folder is at hand; when training, the images are counted."""
+    image_size: Count
+    """Side of the square image the network sees, in pixels."""
+    augment: Literal["none", "pad_crop", "random_resized_crop"]
+    pad: Annotated[int, Field(ge=0)] = 4
+    """pad_crop only: pixels of padding on each side."""
+    flip: bool = False
+    """Mirror every second image, left to right."""
+    eval_resize: Count | None = None
+    """The shorter side before the centre is cut out; None: resized to image_size as a whole."""
+    mean: Triple
+    """Subtracted from red, green and blue, in 0..255."""
+    std: Triple
+    """Then divided by, in 0..255."""
+    threads: Count = 2
+    """DALI's threads on each worker."""
+    prefetch: Count = 2
+    """Micro-batches made ahead."""
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: Triple) -> Triple:
+        if min(std) <= 0:
+            raise ValueError("each of the three must be greater than 0")
+        return std
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "DataRecipe":
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ValueError(
+                f"data.eval_resize: {self.eval_resize} is smaller than data.image_size "
+                f"({self.image_size}), which is cut out of it; it must be at least that."
+            )
+        return self
+
+
+class ModelRecipe(_Section):
+    """Which network."""
+
+    name: str
+    num_classes: Count | None = None
+    """None: as many as the data has."""
+    stem: Literal["imagenet", "cifar"]
+    """imagenet: 7×7 stride 2 and max pooling; cifar: 3×3 stride 1."""
+    width: Count = 64
+    """Channels of a residual network's first stage."""
+    zero_init_residual: bool = False
+    """The last batch norm of each block starts with gamma = 0 (Goyal et al. 2017)."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        wide = re.fullmatch(r"wide_resnet([1-9]\d*)_([1-9]\d*)", name)
+        if re.fullmatch(r"resnet(18|34|50|101|152)|inception_resnet_v2", name) or (
+            wide and int(wide[1]) % 6 == 4 and int(wide[1]) > 4
+        ):
+            return name
+        raise ValueError(
+            "it must be resnet18, resnet34, resnet50, resnet101, resnet152, inception_resnet_v2, or "
+            "wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as wide_resnet16_4"
+        )
+
+
+class Milestone(_Section):
+    """At `epoch` the noise scale falls by `factor`."""
+
+    epoch: Positive
+    factor: Annotated[float, Field(gt=1)]
+
+
+class Raised(_Section):
+    """An lr or a momentum to start with instead, paid for by a larger first batch."""
+
+    lr: Positive | None = None
+    momentum: Momentum | None = None
+
+
+class ScheduleRecipe(_Section):
+    """When the noise scale falls, and who pays."""
+
+    policy: Literal["decay_lr", "hybrid", "grow_batch"]
+    epochs: Positive
+    lr: Positive
+    momentum: Momentum
+    global_batch: Count
+    max_global_batch: Count = 65_536
+    milestones: tuple[Milestone, ...] = ()
+    raised: Raised | None = None
+    batch_milestones: Count | None = None
+    """hybrid only: so many first milestones are paid by the batch [1], the rest by the lr."""
+    momentum_change: Literal["keep", "rescale"] = "keep"
+    """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
+
+    @property
+    def first_lr(self) -> float:
+        """The lr the run starts with."""
+        return self.lr if self.raised is None or self.raised.lr is None else self.raised.lr
+
+    @property
+    def first_momentum(self) -> float:
+        """The momentum the run starts with."""
+        raised = self.raised
+        return self.momentum if raised is None or raised.momentum is None else raised.momentum
+
+    @property
+    def first_global_batch(self) -> int:
+        """The global batch the run starts with: g is that of lr, momentum and global_batch."""
+        return batch_of_equal_noise(
+            self.global_batch,
+            lr=self.lr,
+            momentum=self.momentum,
+            new_lr=self.first_lr,
+            new_momentum=self.first_momentum,
+        )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ScheduleRecipe":
+        epochs = [milestone.epoch for milestone in self.milestones]
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
+            raise ValueError(
+                f"schedule.milestones: their epochs are {_listed(epochs)}; each must be later than "
+                "the one before it."
+            )
+        if epochs and epochs[-1] >= self.epochs:
+            raise ValueError(
+                f"schedule.milestones: the last is at epoch {epochs[-1]:g}; it must be before the "
+                f"end, schedule.epochs = {self.epochs:g}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> "ScheduleRecipe":
+        if self.global_batch > self.max_global_batch:
+            raise ValueError(
+                f"schedule.global_batch: {self.global_batch} is more than "
+                f"schedule.max_global_batch = {self.max_global_batch}; it must not be."
+            )
+        if not 1 <= self.first_global_batch <= self.max_global_batch:
+            raise ValueError(
+                f"schedule.raised: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
+                f"the noise scale is kept by a first global batch of {self.first_global_batch}; it "
+                f"must be from 1 to schedule.max_global_batch = {self.max_global_batch}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hybrid_only(self) -> "ScheduleRecipe":
+        if self.policy != "hybrid":
+            if self.batch_milestones is not None:
+                raise ValueError(
+                    f"schedule.batch_milestones: {self.batch_milestones} has no effect with policy "
+                    f"{self.policy}; leave it out, or set schedule.policy to hybrid."
+                )
+        elif (self.batch_milestones or 1) > len(self.milestones):
+            raise ValueError(
+                f"schedule.batch_milestones: {self.batch_milestones or 1} milestones are to be paid "
+                f"by the batch, and schedule.milestones has {len(self.milestones)}; "
+                "it must have at least as many."
+            )
+        return self
+
+
+class OptimizerRecipe(_Section):
+    """SGD's other settings."""
+
+    weight_decay: NotNegative
+    nesterov: bool = False
+    decay_norm_and_bias: bool = False
+    """Weight decay on batch norm's parameters and on biases too."""
+
+
+class LayoutRecipe(_Section):
+    """How a global batch is cut."""
+
+    micro_batch: Count
+    """Samples of one forward, at most; what fits into a worker's memory."""
+    ghost_batch: Count
+    """Samples that share batch-norm statistics."""
+
+    @model_validator(mode="after")
+    def _whole_ghost_batches(self) -> "LayoutRecipe":
+        if self.micro_batch % self.ghost_batch:
+            raise ValueError(
+                f"layout.micro_batch: {self.micro_batch} is no multiple of layout.ghost_batch = "
+                f"{self.ghost_batch}; it must be, since ghost batches are not cut."
+            )
+        return self
+
+
+class WireRecipe(_Section):
+    """The form of gradients on the network."""
+
+    form: Literal["fp16", "bf16", "fp32"] = "fp16"
+    bucket_mb: Positive = 25.0
+    """Size of one message on the wire, in MB."""
+
+
+class RunRecipe(_Section):
+    """The run itself."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    eval_every: Count = 1
+    """Evaluate after so many epochs, and at the end."""
+    keep_checkpoints: Count = 3
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of forward and backward; weights and their update are fp32."""
+    channels_last: bool = False
+    max_bad_updates: Count = 10
+    """Give up after so many updates in a row whose gradients are not finite."""
+
+
+class Recipe(_Section):
+    """All settings of a run; a module is handed its own section only."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    data: DataRecipe
+    model: ModelRecipe
+    schedule: ScheduleRecipe
+    optimizer: OptimizerRecipe
+    layout: LayoutRecipe
+    wire: WireRecipe = WireRecipe()
+    run: RunRecipe = RunRecipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, numbers and strings; Recipe.model_validate reads them back."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the settings that change what is computed; equal = may be resumed."""
+        settings = self.model_dump(mode="json", exclude=FREE_AT_RESUME)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes in this package."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The shipped recipe of that name, else that YAML file, with `section.key=value` overrides.
+
+    Values are YAML: `schedule.milestones=[{epoch: 3, factor: 5}]` works. Raises UserError.
+    """
+    file = SHIPPED / f"{name_or_path}.yaml"
+    if str(name_or_path) not in shipped_recipes():
+        file = Path(name_or_path)
+    settings = _read(file)
+    for override in overrides:
+        _set(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        reasons = " ".join(dict.fromkeys(_reason(details) for details in error.errors()))
+        raise UserError(f"Recipe {name_or_path}: {reasons}") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader, but a key given twice is an error: the first would silently have no effect."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice",
+                    problem_mark=node.value[position][0].start_mark,
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        # _StrictLoader is a SafeLoader
+        settings = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(
+            f"Recipe {file}: there is no shipped recipe and no file of this name."
+            f"{_did_you_mean(str(file), shipped_recipes())} "
+            f"Shipped recipes: {', '.join(shipped_recipes())}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Recipe {file}: the file cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Recipe {file}: the file is not valid YAML: {reason}.") from error
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"Recipe {file}: the file must hold sections of settings "
+            f"({', '.join(Recipe.model_fields)}), and holds {_shown(settings)}."
+        )
+    return settings
+
+
+def _set(settings: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into `settings`; whether the key exists is checked later."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(
+            f"--set {override}: it must read section.key=value, such as --set schedule.lr=0.05."
+        )
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--set {override}: the value is not valid YAML: {reason}.") from error
+    for depth, key in enumerate(keys[:-1], start=1):
+        if settings.get(key) is None:
+            settings[key] = {}
+        settings = settings[key]
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"--set {override}: {'.'.join(keys[:depth])} is {_shown(settings)}, which has no "
+                "keys of its own; set it as a whole."
+            )
+    settings[keys[-1]] = value
+
+
+def _reason(details: Any) -> str:
+    """One sentence for one of pydantic's errors: section.key, the value, what is allowed."""
+    *parents, last = location = details["loc"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        allowed = _keys_at(parents)
+        hint = _did_you_mean(str(last), allowed)
+        return f"{where}: there is no such key.{hint} Allowed: {', '.join(allowed)}."
+    if kind == "missing":
+        return f"{where}: it is missing and must be given."
+    if kind == "value_error":
+        message = str(details["ctx"]["error"])
+        # a section's own check names its keys itself
+        checks_section = isinstance(value, Mapping) or len(location) == 1
+        return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where}: {_shown(value)} is no section; allowed keys: {', '.join(_keys_at(location))}."
+    message = details["msg"].replace("Input should be", "it must be", 1)
+    message = message[0].lower() + message[1:]
+    return f"{where}: {_shown(value)} is not allowed; {message}."
+
+
+def _keys_at(location: Iterable[int | str]) -> list[str]:
+    """The keys of the section at this place of a recipe."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str):
+            section = next(_sections_in(section.model_fields[part].annotation))
+    return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
