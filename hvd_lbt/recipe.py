@@ -1,7 +1,8 @@
 """A recipe: all settings of a run, typed and checked.
 
 A recipe is a YAML file, shipped in `hvd_lbt/recipes` or the user's own; `--set section.key=value`
-changes single settings. An unknown key or an impossible value is a UserError that names the key,
+changes single settings. With `base: NAME` a file takes everything it does not say from another
+recipe, so that recipes to be compared differ only in what they say. An unknown key or an impossible value is a UserError that names the key,
 the value, and what is allowed.
 """
 
@@ -297,16 +298,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Values are YAML: `schedule.milestones=[{epoch: 3, factor: 5}]` works. Raises UserError.
     """
-    file = SHIPPED / f"{name_or_path}.yaml"
-    if str(name_or_path) not in shipped_recipes():
-        file = Path(name_or_path)
-    settings = _read(file)
+    settings = _read(name_or_path, Path())
     for override in overrides:
         _set(settings, override)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        reasons = " ".join(dict.fromkeys(_reason(details) for details in error.errors()))
+        # an unknown key is often the misspelt one that is missing: it comes first
+        found = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
+        reasons = " ".join(dict.fromkeys(_reason(details) for details in found))
         raise UserError(f"Recipe {name_or_path}: {reasons}") from None
 
 
@@ -324,7 +324,34 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(name_or_path: str | Path, folder: Path, is_base: bool = False) -> dict[str, Any]:
+    """The settings of a shipped recipe or of a file, seen from `folder`, laid over their base's."""
+    shipped = str(name_or_path) in shipped_recipes()
+    file = SHIPPED / f"{name_or_path}.yaml" if shipped else folder / name_or_path
+    settings = _read_file(file)
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    if is_base or not isinstance(base, str):
+        raise UserError(
+            f"Recipe {file}: base: {_shown(base)} is not allowed; it must be the name or the file "
+            "of a recipe that has no base itself."
+        )
+    return _laid_over(_read(base, file.parent, is_base=True), settings)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with the settings of `above`, section by section; lists are replaced as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _laid_over(old, value)
+        merged[key] = value
+    return merged
+
+
+def _read_file(file: Path) -> dict[str, Any]:
     try:
         # _StrictLoader is a SafeLoader
         settings = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
