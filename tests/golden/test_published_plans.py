@@ -1,0 +1,141 @@
+"""The plans of the shipped recipes, as literals.
+
+Update counts: the schedules of Smith et al. 2018, computed by the rule of make_plan. Stages: first
+update, updates, first sample, samples, global batch, lr.
+"""
+
+import re
+
+import pytest
+
+from hvd_lbt.plan import make_plan
+from hvd_lbt.recipe import SHIPPED, load_recipe, shipped_recipes
+
+PUBLISHED_UPDATES = {
+    "cifar10_decay_lr": 78_125,
+    "cifar10_grow_batch": 29_140,
+    "cifar10_grow_batch_lr": 6_406,
+    "cifar10_grow_batch_lr_momentum": 2_305,
+    "imagenet_inception_m090": 5_865,
+    "imagenet_inception_m095": 3_519,
+    "imagenet_inception_m0975": 2_346,
+}
+STAGES = {
+    "cifar10_decay_lr": [
+        (0, 23_437, 0, 2_999_936, 128, 0.1),
+        (23_437, 23_438, 2_999_936, 3_000_064, 128, 0.02),
+        (46_875, 15_625, 6_000_000, 2_000_000, 128, 0.004),
+        (62_500, 15_625, 8_000_000, 2_000_000, 128, 0.0008),
+    ],
+    "cifar10_grow_batch": [
+        (0, 23_437, 0, 2_999_936, 128, 0.1),
+        (23_437, 4_687, 2_999_936, 2_999_680, 640, 0.1),
+        (28_124, 625, 5_999_616, 2_000_000, 3_200, 0.1),
+        (28_749, 391, 7_999_616, 2_000_384, 5_120, 0.032),
+    ],
+    "cifar10_grow_batch_lr": [
+        (0, 4_687, 0, 2_999_680, 640, 0.5),
+        (4_687, 937, 2_999_680, 2_998_400, 3_200, 0.5),
+        (5_624, 391, 5_998_080, 2_001_920, 5_120, 0.16),
+        (6_015, 391, 8_000_000, 2_000_000, 5_120, 0.032),
+    ],
+    "cifar10_grow_batch_lr_momentum": [
+        (0, 937, 0, 2_998_400, 3_200, 0.5),
+        (937, 586, 2_998_400, 3_000_320, 5_120, 0.16),
+        (1_523, 390, 5_998_720, 1_996_800, 5_120, 0.032),
+        (1_913, 392, 7_995_520, 2_004_480, 5_120, 0.0064),
+    ],
+    "imagenet_inception_m090": [
+        (0, 4_691, 0, 38_428_672, 8_192, 3.0),
+        (4_691, 586, 38_428_672, 38_404_096, 65_536, 2.4),
+        (5_277, 391, 76_832_768, 25_624_576, 65_536, 0.24),
+        (5_668, 197, 102_457_344, 12_847_686, 65_536, 0.024),
+    ],
+    "imagenet_inception_m095": [
+        (0, 2_345, 0, 38_420_480, 16_384, 3.0),
+        (2_345, 586, 38_420_480, 38_404_096, 65_536, 1.2),
+        (2_931, 391, 76_824_576, 25_624_576, 65_536, 0.12),
+        (3_322, 197, 102_449_152, 12_855_878, 65_536, 0.012),
+    ],
+    "imagenet_inception_m0975": [
+        (0, 1_172, 0, 38_404_096, 32_768, 3.0),
+        (1_172, 586, 38_404_096, 38_404_096, 65_536, 0.6),
+        (1_758, 391, 76_808_192, 25_624_576, 65_536, 0.06),
+        (2_149, 197, 102_432_768, 12_872_262, 65_536, 0.006),
+    ],
+    "imagenet_resnet50": [
+        (0, 4_691, 0, 38_428_672, 8_192, 3.2),
+        (4_691, 2_346, 38_428_672, 38_436_864, 16_384, 0.64),
+        (7_037, 1_564, 76_865_536, 25_624_576, 16_384, 0.064),
+        (8_601, 783, 102_490_112, 12_814_918, 16_384, 0.0064),
+    ],
+}
+# g at the start, and the factor by which each stage lowers it
+NOISE = {"cifar10": (390.625, 5), "imagenet_inception": (4691.773682, 10)}
+
+
+def plan_of(name):
+    recipe = load_recipe(name)
+    return make_plan(recipe.schedule, recipe.data.train_samples)
+
+
+@pytest.mark.parametrize(("name", "updates"), PUBLISHED_UPDATES.items())
+def test_published_update_counts(name, updates):
+    assert plan_of(name).updates == updates
+
+
+@pytest.mark.parametrize(("name", "stages"), STAGES.items())
+def test_stage_tables(name, stages):
+    found = plan_of(name).stages
+    assert [
+        (s.first_update, s.updates, s.first_sample, s.samples, s.global_batch) for s in found
+    ] == [row[:5] for row in stages]
+    assert [s.lr for s in found] == pytest.approx([row[5] for row in stages], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_UPDATES)
+def test_all_published_schedules_of_a_kind_have_the_same_noise(name):
+    first, factor = next(noise for kind, noise in NOISE.items() if name.startswith(kind))
+    found = [stage.noise_scale for stage in plan_of(name).stages]
+    assert found == pytest.approx([first / factor**fall for fall in range(4)], rel=1e-9)
+
+
+def test_exact_noise_is_reported_beside_the_approximation():
+    # 0.1 / 0.1 · (50,000/128 − 1) and 0.032 / 0.1 · (50,000/5,120 − 1)
+    stages = plan_of("cifar10_grow_batch").stages
+    assert stages[0].exact_noise_scale == pytest.approx(389.625)
+    assert stages[3].exact_noise_scale == pytest.approx(2.805)
+
+
+def test_momentum_of_the_raised_schedules():
+    assert {s.momentum for s in plan_of("cifar10_grow_batch_lr_momentum").stages} == {0.98}
+    assert {s.momentum for s in plan_of("imagenet_inception_m0975").stages} == {0.975}
+
+
+def test_the_last_update_takes_the_samples_left():
+    plan = plan_of("imagenet_inception_m0975")
+    assert plan.at(2_345).global_batch == 27_206
+    assert plan.samples == 90 * 1_281_167
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_head_comment_says_what_a_reader_needs(name):
+    text = (SHIPPED / f"{name}.yaml").read_text()
+    head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line[:1] == "#")
+    for word in ("Paper:", "Hardware:", "Expected", f"Planned updates: {plan_of(name).updates:,} "):
+        assert word in head
+    assert re.search(rf"Command: .*hvd_lbt train {name}( |$)", head)
+
+
+def test_the_digits_recipes_differ_in_nothing_but_the_policy():
+    settings = {}
+    for policy, name in (
+        ("grow_batch", "digits"),
+        ("decay_lr", "digits_decay_lr"),
+        ("hybrid", "digits_hybrid"),
+    ):
+        one = load_recipe(name).to_dict()
+        assert one.pop("name") == name
+        assert one["schedule"].pop("policy") == policy
+        settings[name] = one
+    assert settings["digits"] == settings["digits_decay_lr"] == settings["digits_hybrid"]
