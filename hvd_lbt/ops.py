@@ -1,0 +1,172 @@
+"""The extension's operators, typed, and a twin of each in plain torch.
+
+The operators are `torch.ops.hvd_lbt.*`; csrc/ops.cpp has the schemas. Every function here changes its
+tensors in place and returns nothing. Without the built extension the module imports, and calling an
+operator raises `UserError` with the command that builds it; the twins always work.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_lbt.errors import UserError
+
+try:
+    from hvd_lbt import _C  # noqa: F401  (the import registers the operators)
+except ImportError as error:
+    _missing: ImportError | None = error
+else:
+    _missing = None
+
+WIRE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def available() -> bool:
+    """Whether the extension is built and loads."""
+    return _missing is None
+
+
+def require() -> None:
+    """Raise `UserError` with the build command unless the extension loads."""
+    if _missing is not None:
+        raise UserError(
+            f"the extension hvd_lbt._C does not load ({_missing}). Build it with "
+            "`python setup.py build_ext --inplace` in the repository (HVD_LBT_CUDA=1 for GPUs)."
+        )
+
+
+def cpu_isa(choose: str | None = None) -> str:
+    """Name of the CPU instruction set in use: avx512, avx2 or plain; `choose` changes it."""
+    require()
+    return torch.ops.hvd_lbt.cpu_isa(choose)
+
+
+def fused_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clear: Sequence[Tensor] = (),
+    low_precision: Sequence[Tensor] = (),
+) -> None:
+    """Update weights and momentum in one pass over memory.
+
+    g = ±grads / grad_scale + weight_decay·params (minus: maximize); momenta = momentum·momenta + g;
+    params -= lr·(momenta, or with nesterov g + momentum·momenta). The gradients are only read.
+
+    params, momenta: float32, dense; grads: float32, float16 or bfloat16, each of its own; tensor i
+    of every list has params[i]'s sizes and strides, all on one device. momenta may be empty when
+    momentum is 0. grad_scale, found_inf: one float32 on that device; found_inf ≠ 0 leaves everything
+    as it is, bit for bit. clear: empty, or float32 tensors set to zero in the same pass; clear[i]
+    may be grads[i]. low_precision: empty, or float16/bfloat16 tensors that get the new weights.
+    Nothing written may overlap anything else. Raises ValueError or TypeError naming the tensor.
+    """
+    require()
+    torch.ops.hvd_lbt.fused_sgd_(
+        params,
+        grads,
+        momenta,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        clear=clear,
+        low_precision=low_precision,
+    )
+
+
+@torch.no_grad()
+def fused_sgd_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clear: Sequence[Tensor] = (),
+    low_precision: Sequence[Tensor] = (),
+) -> None:
+    """`fused_sgd_` in plain torch, in the precision of params (float64 for an exact answer)."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        g = grad.to(param.dtype)
+        if grad_scale is not None:
+            g = g / grad_scale.to(param.dtype)
+        if maximize:
+            g = -g
+        if weight_decay != 0:
+            g = g + weight_decay * param
+        if momenta:
+            momenta[i].mul_(momentum).add_(g)
+            g = g + momentum * momenta[i] if nesterov else momenta[i]
+        param.sub_(lr * g)
+        if low_precision:
+            low_precision[i].copy_(param)
+    for tensor in clear:
+        tensor.zero_()
+
+
+def pack_wire_(wire: Tensor, sources: Sequence[Tensor], scale: Tensor, overflow: Tensor) -> None:
+    """Lay scaled gradients into a flat wire bucket: wire = round(scale · concatenation of sources).
+
+    wire: contiguous, float16, bfloat16 or float32 (rounding to nearest even), as many elements as
+    all sources together; sources: float32, contiguous; scale: one float32. overflow: one float32,
+    raised (never lowered) to 1 if a finite source does not fit the wire, to 2 if a source is
+    infinite or NaN. Raises ValueError or TypeError naming the tensor.
+    """
+    require()
+    torch.ops.hvd_lbt.pack_wire_(wire, sources, scale, overflow)
+
+
+@torch.no_grad()
+def pack_wire_reference(
+    wire: Tensor, sources: Sequence[Tensor], scale: Tensor, overflow: Tensor
+) -> None:
+    """`pack_wire_` in plain torch."""
+    if not sources:
+        return
+    flat = torch.cat([source.reshape(-1) for source in sources])
+    wire.view(-1).copy_(flat * scale)
+    lost = (~wire.view(-1).isfinite()).any().float()
+    broken = (~flat.isfinite()).any().float()
+    overflow.copy_(torch.maximum(overflow, torch.maximum(lost, 2 * broken).expand_as(overflow)))
+
+
+def unpack_wire_(targets: Sequence[Tensor], wire: Tensor, scale: Tensor) -> None:
+    """The way back: concatenation of targets = wire / scale.
+
+    targets: float32, contiguous; wire, scale: as `pack_wire_` has them.
+    """
+    require()
+    torch.ops.hvd_lbt.unpack_wire_(targets, wire, scale)
+
+
+@torch.no_grad()
+def unpack_wire_reference(targets: Sequence[Tensor], wire: Tensor, scale: Tensor) -> None:
+    """`unpack_wire_` in plain torch."""
+    pieces = (wire.view(-1).float() / scale).split([target.numel() for target in targets])
+    for target, piece in zip(targets, pieces, strict=True):
+        target.copy_(piece.view_as(target))
+
+
+if _missing is None:
+    # They return nothing, so there is no shape to infer: tracing passes, the checks come at run time.
+    for _name in ("fused_sgd_", "pack_wire_", "unpack_wire_"):
+        torch.library.register_fake(f"hvd_lbt::{_name}")(lambda *args, **kwargs: None)
