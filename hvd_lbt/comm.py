@@ -47,6 +47,11 @@ def init() -> World:
     return world
 
 
+def is_initialized() -> bool:
+    """Whether this process has joined a world and not left it."""
+    return hvd.is_initialized()
+
+
 def allreduce_async_(tensor: Tensor, name: str) -> int:
     """Begin the in-place sum of `tensor` over all ranks; the handle goes to `synchronize`."""
     return hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
@@ -94,7 +99,7 @@ def barrier() -> None:
 
 def shutdown() -> None:
     """Leave together: without the barrier a rank may tear down what another still uses."""
-    if hvd.is_initialized():
+    if is_initialized():
         hvd.barrier()
         hvd.shutdown()
 

@@ -1,0 +1,95 @@
+"""Exact evaluation: every test image once, on any number of workers."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvd_lbt import checkpoint, comm
+from hvd_lbt.data.digits import write_digits
+from hvd_lbt.data.pipeline import test_batches
+from hvd_lbt.data.store import ImageFolder, open_test_split
+from hvd_lbt.models import build_model
+from hvd_lbt.recipe import DataRecipe, Recipe
+from hvd_lbt.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """loss: mean cross-entropy; top1, top5: accuracies in 0..1; samples: how many were counted."""
+
+    loss: float
+    top1: float
+    top5: float
+    samples: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    store: ImageFolder,
+    data: DataRecipe,
+    *,
+    micro_batch: int,
+    world: World,
+    allreduce: Callable[[Tensor, str], Tensor],
+    device: torch.device,
+) -> Evaluation:
+    """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts."""
+    first, end = (len(store) * rank // world.size for rank in (world.rank, world.rank + 1))
+    ranges = [(at, min(micro_batch, end - at)) for at in range(first, end, micro_batch)]
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, right among five, samples
+    was_training = model.training
+    model.eval()
+    for batch in test_batches(store, data, ranges, micro_batch=micro_batch, device=device):
+        logits = model(batch.images).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        counted = [loss, best[:, 0].sum(), best.sum(), torch.tensor(len(batch.labels))]
+        sums += torch.tensor([float(value) for value in counted], dtype=torch.float64)
+    model.train(was_training)
+    loss, right, among_five, samples = allreduce(sums, "evaluation").tolist()
+    return Evaluation(
+        loss=loss / samples, top1=right / samples, top5=among_five / samples, samples=int(samples)
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt evaluate`."""
+    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/update-NNNNNNNN.pt")
+    parser.add_argument("--data", type=Path, help="DATA/{test,val}/CLASS/FILE [built-in digits]")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on any number of ranks and print the result as a JSON line."""
+    state = checkpoint.load(args.checkpoint)
+    recipe = Recipe.model_validate(state["recipe"])
+    world = comm.init()
+    device = local_device(world)
+    model = build_model(recipe.model, len(state["classes"]), recipe.layout.ghost_batch)
+    model.load_state_dict(state["model"])
+    result = evaluate(
+        model.to(device),
+        open_test_split(args.data or write_digits(), tuple(state["classes"])),
+        recipe.data,
+        micro_batch=recipe.layout.micro_batch,
+        world=world,
+        allreduce=comm.allreduce_,
+        device=device,
+    )
+    if world.rank == 0:
+        print(json.dumps(asdict(result)), flush=True)
+    comm.shutdown()
+    return 0
+
+
+def local_device(world: World) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return (
+        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )

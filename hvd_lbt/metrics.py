@@ -1,0 +1,187 @@
+"""What a run says while it trains: JSON lines, TensorBoard, and a live line. Rank 0 speaks."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from hvd_lbt.plan import Plan, Update
+from hvd_lbt.world import World
+
+FLUSH_SECONDS = (
+    1.0  # device scalars are read this often, not every update: reading one waits for the GPU
+)
+LINE_SECONDS = 10.0  # where no terminal is, a line this often
+
+
+def versions() -> dict[str, str]:
+    """The versions a number depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("hvd_lbt", "horovod", "mpi4py", "nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> str:
+    """The git revision of this program, with + if files differ from it; empty outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+class RunLog:
+    """Writes RUN/metrics.jsonl and RUN/tensorboard on rank 0 and shows progress there."""
+
+    def __init__(self, folder: Path, world: World, plan: Plan, first_update: int):
+        self.speaks = world.rank == 0
+        self.plan = plan
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._began = self._flushed = self._line = self._last = time.perf_counter()
+        self._accuracy = ""
+        if not self.speaks:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=first_update)
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=plan.samples)
+        self._progress.start()
+
+    def say(self, text: Any) -> None:
+        """Print once, on rank 0, above the live line."""
+        if self.speaks:
+            self.console.print(text, soft_wrap=True, highlight=False)
+
+    def event(self, event: str, **values: Any) -> None:
+        """Write one line to metrics.jsonl."""
+        if self.speaks:
+            self._lines.write(json.dumps({"event": event, **values, "time": time.time()}) + "\n")
+            self._lines.flush()
+
+    def update(
+        self, update: Update, sums: Tensor, *, data_wait: float, reducer: dict[str, Any]
+    ) -> None:
+        """Note one finished update. sums: (2,) this update's sum of losses and of right answers.
+
+        data_wait: seconds that this rank waited for images. The tensor is read later.
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if not self.speaks:
+            return
+        seen = update.samples_seen + update.global_batch
+        record = {
+            "update": update.index,
+            "epoch": seen / self.plan.train_samples,
+            "samples_seen": seen,
+            "stage": update.stage,
+            "global_batch": update.global_batch,
+            "lr": update.lr,
+            "momentum": update.momentum,
+            "noise_scale": update.noise_scale,
+            "images_per_second": update.global_batch / seconds,
+            "data_wait": min(1.0, data_wait / seconds),
+            **{key: reducer[key] for key in ("wire_scale", "overflows", "skipped")},
+        }
+        self._pending.append((record, sums.clone()))
+        if now - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the noted device scalars and write them out."""
+        self._flushed = time.perf_counter()
+        if not self._pending:
+            return
+        for (record, _), (loss, right) in zip(
+            self._pending, torch.stack([sums for _, sums in self._pending]).tolist(), strict=True
+        ):
+            record["loss"] = loss / record["global_batch"]
+            record["accuracy"] = right / record["global_batch"]
+            self.event("update", **record)
+            for key in ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale"):
+                self._board.add_scalar(f"train/{key}", record[key], record["update"])
+            for key in ("global_batch", "lr", "momentum", "noise_scale"):
+                self._board.add_scalar(f"plan/{key}", record[key], record["update"])
+        self._pending.clear()
+        self._show(record)
+
+    def evaluation(self, update: int, seen: int, values: dict[str, Any]) -> None:
+        """Note an evaluation after `update` updates and `seen` samples."""
+        if not self.speaks:
+            return
+        self.flush()
+        epoch = seen / self.plan.train_samples
+        self.event("eval", update=update, epoch=epoch, samples_seen=seen, **values)
+        for key in ("loss", "top1", "top5"):
+            self._board.add_scalar(f"test/{key}", values[key], update)
+        self._accuracy = f" · test {values['top1']:.2%}"
+        self.say(
+            f"epoch {epoch:6.2f} · update {update:>6} · test loss {values['loss']:.4f} · "
+            f"top-1 {values['top1']:.2%} · top-5 {values['top5']:.2%} of {values['samples']:,}"
+        )
+
+    def end(self, reason: str, update: int) -> None:
+        """Note the end and close the files; reason: finished, or stopped by a signal."""
+        if not self.speaks:
+            return
+        self.flush()
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = time.perf_counter() - self._began
+        self.event("end", reason=reason, update=update, seconds=seconds, peak_memory_bytes=peak)
+        self.close()
+
+    def close(self) -> None:
+        """Take the live line down and close the files."""
+        if self.speaks:
+            self._progress.stop()
+            self._lines.close()
+            self._board.close()
+            sys.stdout.flush()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        text = (
+            f"stage {record['stage'] + 1}/{len(self.plan.stages)} · update "
+            f"{record['update'] + 1:,}/{self.plan.updates:,} · global batch "
+            f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
+            f"g {record['noise_scale']:.4g} · {record['images_per_second']:,.0f} images/s "
+            f"(waits {record['data_wait']:.0%} for data) · loss {record['loss']:.3f}{self._accuracy}"
+        )
+        seen = record["samples_seen"]
+        self._progress.update(self._task, completed=seen, description=text)
+        now = time.perf_counter()
+        if self._progress.disable and now - self._line > LINE_SECONDS:
+            self._line = now
+            share = seen / self.plan.samples
+            left = (now - self._began) * (1 - share) / share
+            self.say(f"{text} · {left:,.0f} s left")

@@ -1,0 +1,36 @@
+"""`hvd_lbt plan`: the stages of a recipe, before anything runs; needs neither Horovod nor DALI."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hvd_lbt.data.store import ImageFolder
+from hvd_lbt.errors import UserError
+from hvd_lbt.plan import make_plan, render_plan
+from hvd_lbt.recipe import load_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt plan`."""
+    parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
+    parser.add_argument("--workers", type=int, default=1, help="show their micro-batches [1]")
+    parser.add_argument("--data", type=Path, help="count the training images of this folder")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the plan of a recipe."""
+    recipe = load_recipe(args.recipe, args.set)
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1 worker is needed.")
+    samples = len(ImageFolder(args.data / "train")) if args.data else recipe.data.train_samples
+    if samples is None:
+        raise UserError(
+            f"data.train_samples: recipe {recipe.name} does not say how many training images there "
+            "are. Give --data DIR to count them, or --set data.train_samples=N."
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(render_plan(recipe, make_plan(recipe.schedule, samples), args.workers))
+    return 0

@@ -1,0 +1,45 @@
+"""Stopping together: a signal to any rank ends all ranks after the same update."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, start again with --resume
+
+
+class StopRequest:
+    """Remembers a signal; a second one ends the process at once.
+
+    ask() and agreed() bracket an update: the flags of all ranks are summed while it runs.
+    """
+
+    def __init__(
+        self,
+        allreduce_async: Callable[[Tensor, str], int],
+        synchronize: Callable[[int], Tensor],
+    ):
+        self._allreduce_async, self._synchronize = allreduce_async, synchronize
+        self._asked = torch.zeros(1)
+        self._sum = torch.zeros(1)
+        self._handle = -1
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.item():
+            os._exit(128 + number)
+        self._asked.fill_(1.0)
+
+    def ask(self) -> None:
+        """Begin to sum the flags as they are now."""
+        self._sum.copy_(self._asked)
+        self._handle = self._allreduce_async(self._sum, "stop")
+
+    def agreed(self) -> bool:
+        """Whether any rank had been told to stop when it asked: the same answer on all ranks."""
+        return self._synchronize(self._handle).item() > 0

@@ -1,0 +1,317 @@
+"""Train with a batch that grows: the story of a run, from recipe to the last checkpoint."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional as F
+
+from hvd_lbt import comm
+from hvd_lbt.checkpoint import Checkpoints, weights_checksum
+from hvd_lbt.data.digits import write_digits
+from hvd_lbt.data.pipeline import Batch, train_batches
+from hvd_lbt.data.store import open_splits
+from hvd_lbt.errors import BadUpdatesError, UserError
+from hvd_lbt.evaluate import evaluate, local_device
+from hvd_lbt.layout import make_layout
+from hvd_lbt.metrics import RunLog, revision, versions
+from hvd_lbt.models import RunningStatistics, build_model
+from hvd_lbt.optim import FusedSGD
+from hvd_lbt.plan import Plan, Update, make_plan, render_plan
+from hvd_lbt.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
+from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.stop import EXIT_STOPPED, StopRequest
+from hvd_lbt.world import World
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt train`."""
+    parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
+    parser.add_argument("--data", type=Path, help="DATA/{train,test}/CLASS/FILE [built-in digits]")
+    parser.add_argument("--out", type=Path, help="the run's folder [runs/NAME]")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the run in --out stopped"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one training; the exit code is 0 when it finished, 75 when a signal stopped it."""
+    recipe = load_recipe(args.recipe, args.set)
+    world = comm.init()
+    out = args.out or Path("runs", recipe.name)
+    code = train(recipe, data=args.data, out=out, resume=args.resume, world=world)
+    comm.shutdown()
+    return code
+
+
+def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: World) -> int:
+    """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`."""
+    device = local_device(world)
+    train_store, test_store = open_splits(data or write_digits())
+    plan = make_plan(recipe.schedule, len(train_store))
+
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    model.to(device, memory_format=memory_format)
+    statistics = RunningStatistics(model)
+    optimizer = make_optimizer(model, recipe.optimizer, plan.at(0))
+    reducer = GradientReducer(
+        model,
+        optimizer,
+        world=world,
+        allreduce_async=comm.allreduce_async_,
+        synchronize=comm.synchronize,
+        wire=recipe.wire.form,
+        bucket_mb=recipe.wire.bucket_mb,
+        max_bad_updates=recipe.run.max_bad_updates,
+    )
+
+    checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep_checkpoints)
+    state = comm.broadcast_object(
+        begin(checkpoints, recipe, plan, out, resume) if world.rank == 0 else None
+    )
+    first_update = 0 if state is None else state["update"]
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        reducer.load_state_dict(state["reducer"])
+    comm.broadcast_(model.state_dict())
+
+    log = RunLog(out, world, plan, first_update)
+    log.say(render_plan(recipe, plan, world.size))
+    log.say(
+        f"{world.size} workers · {len(train_store):,} training images, {len(test_store):,} test images"
+    )
+    log.event(
+        "run",
+        name=recipe.name,
+        recipe=recipe.to_dict(),
+        plan={
+            "train_samples": plan.train_samples,
+            "updates": plan.updates,
+            "stages": [asdict(s) for s in plan.stages],
+        },
+        world_size=world.size,
+        versions=versions(),
+        revision=revision(),
+        resumed_at_update=first_update,
+    )
+
+    def save(update: int) -> None:
+        checksums = comm.allgather_object(weights_checksum(model))
+        if len(set(checksums)) > 1:
+            raise RuntimeError(f"the ranks' weights differ after {update} updates: {checksums}")
+        if world.rank == 0:
+            log.flush()
+            checkpoints.save(
+                update,
+                {
+                    "update": update,
+                    "fingerprint": recipe.fingerprint(),
+                    "train_samples": plan.train_samples,
+                    "recipe": recipe.to_dict(),
+                    "classes": list(train_store.classes),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "reducer": reducer.state_dict(),
+                },
+            )
+
+    updates = [plan.at(index) for index in range(first_update, plan.updates)]
+    batches = train_batches(
+        train_store,
+        recipe.data,
+        micro_batch_ranges(updates, recipe, world),
+        seed=recipe.run.seed,
+        micro_batch=recipe.layout.micro_batch,
+        device=device,
+    )
+    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
+    autocast = (
+        torch.autocast(device.type, torch.bfloat16)
+        if recipe.run.precision == "bf16"
+        else nullcontext()
+    )
+    sums = torch.zeros(2, device=device)  # of losses and of right answers
+    stopped = False
+    saved = first_update
+    model.train()
+
+    for update in updates:
+        set_hyperparameters(optimizer, update, recipe.schedule)
+        stop.ask()
+        sums.zero_()
+        data_wait = 0.0
+        count = len(layout_of(update, recipe, world).micro_batches)
+        for index in range(count):
+            batch, waited = timed_next(batches)
+            data_wait += waited
+            with autocast:
+                logits = model(batch.images.contiguous(memory_format=memory_format))
+            losses = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            reducer.backward(losses / update.global_batch, last=index == count - 1)
+            sums[0] += losses.detach()
+            sums[1] += (logits.argmax(1) == batch.labels).sum()
+        if count == 0:  # fewer ghost batches than workers: this one only takes part in the sum
+            reducer.backward(None, last=True)
+        handles = [
+            comm.allreduce_async_(sums, "metrics"),
+            comm.allreduce_async_(statistics.collected, "batch norm"),
+        ]
+        try:
+            optimizer.step()
+        except BadUpdatesError as error:
+            raise bad_updates(error, checkpoints) from error
+        for handle in handles:
+            comm.synchronize(handle)
+        statistics.fold(update.global_batch)
+        log.update(update, sums, data_wait=data_wait, reducer=reducer.stats())
+
+        done = update.index + 1
+        seen = update.samples_seen + update.global_batch
+        stopped = stop.agreed() and done < plan.updates
+        if evaluation_is_due(update, plan, recipe.run.eval_every):
+            result = evaluate(
+                model,
+                test_store,
+                recipe.data,
+                micro_batch=recipe.layout.micro_batch,
+                world=world,
+                allreduce=comm.allreduce_,
+                device=device,
+            )
+            log.evaluation(done, seen, asdict(result))
+        if stopped or done == plan.updates or plan.at(done).stage != update.stage:
+            save(done)
+            saved = done
+        if stopped:
+            break
+
+    if stopped:
+        log.say(f"Stopped after {saved} of {plan.updates} updates and saved. Go on with --resume.")
+    log.end("stopped" if stopped else "finished", saved)
+    return EXIT_STOPPED if stopped else 0
+
+
+def begin(
+    checkpoints: Checkpoints, recipe: Recipe, plan: Plan, out: Path, resume: bool
+) -> dict[str, Any] | None:
+    """Open the run's folder; the state to go on from, or None for a fresh run (rank 0 only).
+
+    Raises UserError if the folder holds a run and --resume is not given, or another recipe's.
+    """
+    if not resume and (out / "metrics.jsonl").exists():
+        raise UserError(
+            f"{out} already holds a run. Go on with it by --resume, or choose another --out."
+        )
+    state = checkpoints.load_newest() if resume else None
+    if state is not None and state["fingerprint"] != recipe.fingerprint():
+        raise UserError(
+            f"{out} was trained with another recipe: {recipe_difference(state['recipe'], recipe.to_dict())}. "
+            "Resume with the same recipe and --set values, or choose another --out."
+        )
+    if state is not None and state["train_samples"] != plan.train_samples:
+        raise UserError(
+            f"{out} was trained on {state['train_samples']:,} images, and this training folder has "
+            f"{plan.train_samples:,}. Resume with the same --data, or choose another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    return state
+
+
+def recipe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The settings in which two recipes differ, as `section.key was OLD, is NEW`."""
+    differences = []
+    for section in sorted(old.keys() | new.keys()):
+        before, after = old.get(section), new.get(section)
+        if not (isinstance(before, dict) and isinstance(after, dict)):
+            before, after, section = {section: before}, {section: after}, ""
+        differences += [
+            f"{section}.{key}".lstrip(".") + f" was {before.get(key)!r}, is {after.get(key)!r}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+    return "; ".join(differences)
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
+    """SGD with weight decay on matrices and convolutions; on norms and biases only if asked."""
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if p.ndim > 1 or settings.decay_norm_and_bias]
+    others = [p for p in parameters if not (p.ndim > 1 or settings.decay_norm_and_bias)]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return FusedSGD(
+        [group for group in groups if group["params"]],
+        lr=update.lr,
+        momentum=update.momentum,
+        nesterov=settings.nesterov,
+    )
+
+
+def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: ScheduleRecipe) -> None:
+    """Give the optimizer this update's lr and momentum: the only place that does.
+
+    A changed momentum leaves the buffer g/(1−m_old) away from its new steady state g/(1−m_new);
+    `momentum_change: rescale` multiplies it there at once instead of waiting 1/(1−m_new) updates.
+    """
+    before = optimizer.param_groups[0]["momentum"]
+    if schedule.momentum_change == "rescale" and before != update.momentum:
+        optimizer.rescale_momentum((1 - before) / (1 - update.momentum))
+    for group in optimizer.param_groups:
+        group["lr"], group["momentum"] = update.lr, update.momentum
+
+
+def layout_of(update: Update, recipe: Recipe, world: World) -> Any:
+    """This rank's micro-batches of `update`."""
+    return make_layout(
+        update.global_batch,
+        rank=world.rank,
+        size=world.size,
+        micro_batch=recipe.layout.micro_batch,
+        ghost_batch=recipe.layout.ghost_batch,
+    )
+
+
+def micro_batch_ranges(
+    updates: list[Update], recipe: Recipe, world: World
+) -> Iterator[tuple[int, int]]:
+    """(first sample of the stream, count) of each micro-batch of this rank, update by update."""
+    for update in updates:
+        for micro_batch in layout_of(update, recipe, world).micro_batches:
+            yield update.samples_seen + micro_batch.start, len(micro_batch)
+
+
+def timed_next(batches: Iterator[Batch]) -> tuple[Batch, float]:
+    """The next batch, and the seconds it was waited for."""
+    began = time.perf_counter()
+    batch = next(batches)
+    return batch, time.perf_counter() - began
+
+
+def evaluation_is_due(update: Update, plan: Plan, every: int) -> bool:
+    """Whether `update` ends a span of `every` epochs, or the run."""
+    span = every * plan.train_samples
+    seen = update.samples_seen + update.global_batch
+    return seen // span > update.samples_seen // span or update.index + 1 == plan.updates
+
+
+def bad_updates(error: BadUpdatesError, checkpoints: Checkpoints) -> BadUpdatesError:
+    """The same error, with where to go on from."""
+    saved = checkpoints.files()
+    last = (
+        f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint was written yet."
+    )
+    return BadUpdatesError(f"{error} {last}")
