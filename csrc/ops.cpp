@@ -5,8 +5,8 @@
 TORCH_LIBRARY(hvd_lbt, library) {
   library.def(
       "fused_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, *, float lr, "
-      "float momentum, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None, Tensor(c!)[] clear=[], Tensor(d!)[] low_precision=[]) -> ()");
+      "float momentum, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, "
+      "Tensor? found_inf, Tensor(c!)[] clear, Tensor(d!)[] low_precision) -> ()");
   library.def(
       "pack_wire_(Tensor(a!) wire, Tensor[] sources, Tensor scale, Tensor(b!) overflow) -> ()");
   library.def("unpack_wire_(Tensor(a!)[] targets, Tensor wire, Tensor scale) -> ()");
@@ -14,7 +14,7 @@ TORCH_LIBRARY(hvd_lbt, library) {
   library.def("cpu_isa(str? choose=None) -> str");
 }
 
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr,
                                nullptr, nullptr};
   return PyModule_Create(&module);
