@@ -2,8 +2,8 @@
 
 A recipe is a YAML file, shipped in `hvd_lbt/recipes` or the user's own; `--set section.key=value`
 changes single settings. With `base: NAME` a file takes everything it does not say from another
-recipe, so that recipes to be compared differ only in what they say. An unknown key or an impossible value is a UserError that names the key,
-the value, and what is allowed.
+recipe, so that recipes to be compared differ only in what they say. An unknown key or an impossible
+value is a UserError that names the key, the value, and what is allowed.
 """
 
 import difflib
@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.noise import batch_of_equal_noise
@@ -123,6 +116,8 @@ class Milestone(_Section):
 
     epoch: Positive
     factor: Annotated[float, Field(gt=1)]
+    momentum: Momentum | None = None
+    """The momentum from here on; batch or lr pay for it, so that the noise scale is as planned."""
 
 
 class Raised(_Section):
@@ -201,6 +196,16 @@ class ScheduleRecipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _rescale_has_a_change(self) -> "ScheduleRecipe":
+        changes = any(milestone.momentum is not None for milestone in self.milestones)
+        if self.momentum_change == "rescale" and not changes:
+            raise ValueError(
+                "schedule.momentum_change: 'rescale' has no effect where momentum never changes; "
+                "leave it out, or give a milestone a momentum."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _hybrid_only(self) -> "ScheduleRecipe":
         if self.policy != "hybrid":
             if self.batch_milestones is not None:
@@ -259,7 +264,7 @@ class RunRecipe(_Section):
     eval_every: Count = 1
     """Evaluate after so many epochs, and at the end."""
     keep_checkpoints: Count = 3
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; weights and their update are fp32."""
     channels_last: bool = False
     max_bad_updates: Count = 10
@@ -284,8 +289,19 @@ class Recipe(_Section):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the settings that change what is computed; equal = may be resumed."""
-        settings = self.model_dump(mode="json", exclude=FREE_AT_RESUME)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._bound(), sort_keys=True).encode()).hexdigest()
+
+    def changes_since(self, old: Mapping[str, Any]) -> str:
+        """Where an older recipe (of `to_dict`) computes something else: `section.key was …, is …`."""
+        return "; ".join(
+            f"{section}.{key} was {_shown(old.get(section, {}).get(key))}, is {_shown(value)}"
+            for section, settings in self._bound().items()
+            for key, value in settings.items()
+            if old.get(section, {}).get(key) != value
+        )
+
+    def _bound(self) -> dict[str, dict[str, Any]]:
+        return self.model_dump(mode="json", exclude=FREE_AT_RESUME)
 
 
 def shipped_recipes() -> list[str]:

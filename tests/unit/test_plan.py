@@ -182,3 +182,22 @@ def test_the_table_warns_of_idle_workers():
     assert "Warning: in stage 1 3 of 4 workers have no samples" in text
     assert "stage 2" not in text
     assert "The last update takes the 3,584 samples that are left." in text
+
+
+def test_a_milestone_may_change_the_momentum_and_the_noise_scale_is_still_as_planned():
+    overrides = [
+        "schedule.milestones=[{epoch: 10, factor: 2, momentum: 0.95}, {epoch: 20, factor: 2}]",
+        "schedule.momentum_change=rescale",
+    ]
+    schedule = load_recipe("digits", overrides).schedule
+    first, second, third = make_plan(schedule, 1437).stages
+    # m 0.9 → 0.95 halves 1−m: B must double once more than the factor says
+    assert [stage.global_batch for stage in (first, second, third)] == [16, 64, 128]
+    assert [stage.momentum for stage in (first, second, third)] == [0.9, 0.95, 0.95]
+    assert second.noise_scale == pytest.approx(first.noise_scale / 2)
+    assert third.noise_scale == pytest.approx(first.noise_scale / 4)
+
+
+def test_rescaling_a_momentum_that_never_changes_is_refused():
+    with pytest.raises(UserError, match="schedule.momentum_change: 'rescale' has no effect"):
+        load_recipe("digits", ["schedule.momentum_change=rescale"])
