@@ -7,13 +7,16 @@ A checkpoint is `update-NNNNNNNN.pt` (torch.save of plain state) and `update-NNN
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.recipe import Recipe
 
 
 class Checkpoints:
@@ -67,6 +70,45 @@ class Checkpoints:
             raise UserError(f"All {len(files)} checkpoints in {self.folder} are damaged.")
         return None
 
+    def last_good(self) -> str:
+        """A sentence that names the checkpoint to go on from."""
+        files = self.files()
+        return (
+            f"The last good checkpoint is {files[-1]}." if files else "No checkpoint was written."
+        )
+
+
+def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dict[str, Any] | None:
+    """Open the folder of a run; the state to go on from, or None for a fresh run.
+
+    Raises UserError if the folder holds a run and `resume` is not asked for, if there is nothing to
+    resume, or if that run had other settings or another number of training images.
+    """
+    checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep_checkpoints)
+    if not resume and (out / "metrics.jsonl").exists():
+        raise UserError(
+            f"{out} already holds a run. Go on with it by --resume, or choose another --out."
+        )
+    state = checkpoints.load_newest() if resume else None
+    if state is not None:
+        changes = recipe.changes_since(state["recipe"])
+        if changes:
+            raise UserError(
+                f"{out} was trained with another recipe: {changes}. Resume with the same recipe and "
+                "--set values, or choose another --out."
+            )
+        if state["train_samples"] != train_samples:
+            raise UserError(
+                f"{out} was trained on {state['train_samples']:,} images, and this training folder "
+                f"has {train_samples:,}. Resume with the same --data, or choose another --out."
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be written ({error}).") from error
+    return state
+
 
 def load(file: Path) -> dict[str, Any]:
     """The state in `file`, on the CPU. Raises UserError if it is missing or damaged."""
@@ -87,6 +129,15 @@ def weights_checksum(model: nn.Module) -> int:
             tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum
         )
     return checksum
+
+
+def weights_agree(checksums: Sequence[int], updates_done: int) -> None:
+    """Raise RuntimeError unless the ranks' `weights_checksum` are all the same."""
+    if len(set(checksums)) > 1:
+        raise RuntimeError(
+            f"the ranks' weights differ after {updates_done} updates (CRC-32 by rank: {checksums}). "
+            "Nothing was written; resume from the checkpoint before."
+        )
 
 
 def _digest(file: Path) -> str:

@@ -1,11 +1,14 @@
 """What a run says while it trains: JSON lines, TensorBoard, and a live line. Rank 0 speaks."""
 
 import json
+import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from hvd_lbt.plan import Plan, Update
+from hvd_lbt.plan import Plan, Update, render_plan
+from hvd_lbt.recipe import Recipe
 from hvd_lbt.world import World
 
-FLUSH_SECONDS = (
-    1.0  # device scalars are read this often, not every update: reading one waits for the GPU
-)
-LINE_SECONDS = 10.0  # where no terminal is, a line this often
+# Device scalars are read this often, not every update: reading one waits for the GPU.
+FLUSH_SECONDS = 1.0
+# A line this often where no live line can be: without a terminal, and under a launcher, which puts
+# the rank before every piece of output.
+LINE_SECONDS = 5.0
+LAUNCHERS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 def versions() -> dict[str, str]:
@@ -55,30 +61,58 @@ class RunLog:
     def __init__(self, folder: Path, world: World, plan: Plan, first_update: int):
         self.speaks = world.rank == 0
         self.plan = plan
+        self._world = world
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._began = self._flushed = self._line = self._last = time.perf_counter()
         self._accuracy = ""
+        self._first_sample = (
+            plan.at(first_update).samples_seen if first_update < plan.updates else plan.samples
+        )
         if not self.speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(folder / "tensorboard", purge_step=first_update)
-        self.console = Console()
+        live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
+        self.console = Console() if live else Console(width=140, force_terminal=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not live,
         )
-        self._task = self._progress.add_task("", total=plan.samples)
+        self._task = self._progress.add_task("", total=plan.samples, completed=self._first_sample)
         self._progress.start()
 
     def say(self, text: Any) -> None:
         """Print once, on rank 0, above the live line."""
         if self.speaks:
             self.console.print(text, soft_wrap=True, highlight=False)
+
+    def begin(self, recipe: Recipe, test_samples: int, first_update: int) -> None:
+        """Show the plan, and note what the run is made of."""
+        self.say(render_plan(recipe, self.plan, self._world.size))
+        self.say(
+            f"{self._world.size} workers · {self.plan.train_samples:,} training images, "
+            f"{test_samples:,} test images"
+            + (f" · going on after {first_update:,} updates" if first_update else "")
+        )
+        self.event(
+            "run",
+            name=recipe.name,
+            recipe=recipe.to_dict(),
+            plan={
+                "train_samples": self.plan.train_samples,
+                "updates": self.plan.updates,
+                "stages": [asdict(stage) for stage in self.plan.stages],
+            },
+            world_size=self._world.size,
+            versions=versions(),
+            revision=revision(),
+            resumed_at_update=first_update,
+        )
 
     def event(self, event: str, **values: Any) -> None:
         """Write one line to metrics.jsonl."""
@@ -123,28 +157,32 @@ class RunLog:
         for (record, _), (loss, right) in zip(
             self._pending, torch.stack([sums for _, sums in self._pending]).tolist(), strict=True
         ):
-            record["loss"] = loss / record["global_batch"]
+            # JSON has no NaN: a skipped update has no loss
+            record["loss"] = loss / record["global_batch"] if math.isfinite(loss) else None
             record["accuracy"] = right / record["global_batch"]
             self.event("update", **record)
             for key in ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale"):
-                self._board.add_scalar(f"train/{key}", record[key], record["update"])
+                if record[key] is not None:
+                    self._board.add_scalar(f"train/{key}", record[key], record["update"])
             for key in ("global_batch", "lr", "momentum", "noise_scale"):
                 self._board.add_scalar(f"plan/{key}", record[key], record["update"])
         self._pending.clear()
         self._show(record)
 
-    def evaluation(self, update: int, seen: int, values: dict[str, Any]) -> None:
-        """Note an evaluation after `update` updates and `seen` samples."""
+    def evaluation(self, update: Update, values: dict[str, Any]) -> None:
+        """Note an evaluation after this update."""
         if not self.speaks:
             return
         self.flush()
+        done = update.index + 1
+        seen = update.samples_seen + update.global_batch
         epoch = seen / self.plan.train_samples
-        self.event("eval", update=update, epoch=epoch, samples_seen=seen, **values)
+        self.event("eval", update=done, epoch=epoch, samples_seen=seen, **values)
         for key in ("loss", "top1", "top5"):
-            self._board.add_scalar(f"test/{key}", values[key], update)
+            self._board.add_scalar(f"test/{key}", values[key], done)
         self._accuracy = f" · test {values['top1']:.2%}"
         self.say(
-            f"epoch {epoch:6.2f} · update {update:>6} · test loss {values['loss']:.4f} · "
+            f"epoch {epoch:6.2f} · update {done:>6} · test loss {values['loss']:.4f} · "
             f"top-1 {values['top1']:.2%} · top-5 {values['top5']:.2%} of {values['samples']:,}"
         )
 
@@ -170,18 +208,19 @@ class RunLog:
             sys.stdout.flush()
 
     def _show(self, record: dict[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         text = (
             f"stage {record['stage'] + 1}/{len(self.plan.stages)} · update "
             f"{record['update'] + 1:,}/{self.plan.updates:,} · global batch "
             f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
             f"g {record['noise_scale']:.4g} · {record['images_per_second']:,.0f} images/s "
-            f"(waits {record['data_wait']:.0%} for data) · loss {record['loss']:.3f}{self._accuracy}"
+            f"(waits {record['data_wait']:.0%} for data) · loss {loss}{self._accuracy}"
         )
         seen = record["samples_seen"]
         self._progress.update(self._task, completed=seen, description=text)
         now = time.perf_counter()
         if self._progress.disable and now - self._line > LINE_SECONDS:
             self._line = now
-            share = seen / self.plan.samples
-            left = (now - self._began) * (1 - share) / share
+            speed = (seen - self._first_sample) / (now - self._began)
+            left = (self.plan.samples - seen) / speed
             self.say(f"{text} · {left:,.0f} s left")

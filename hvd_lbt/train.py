@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional as F
 
 from hvd_lbt import comm
-from hvd_lbt.checkpoint import Checkpoints, weights_checksum
+from hvd_lbt.checkpoint import Checkpoints, open_run, weights_agree, weights_checksum
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.pipeline import Batch, train_batches
 from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import BadUpdatesError, UserError
 from hvd_lbt.evaluate import evaluate, local_device
-from hvd_lbt.layout import make_layout
-from hvd_lbt.metrics import RunLog, revision, versions
+from hvd_lbt.layout import Layout, make_layout
+from hvd_lbt.metrics import RunLog
 from hvd_lbt.models import RunningStatistics, build_model
 from hvd_lbt.optim import FusedSGD
-from hvd_lbt.plan import Plan, Update, make_plan, render_plan
+from hvd_lbt.plan import Plan, Update, make_plan
 from hvd_lbt.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest
@@ -57,11 +56,17 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     device = local_device(world)
     train_store, test_store = open_splits(data or write_digits())
     plan = make_plan(recipe.schedule, len(train_store))
+    state = comm.broadcast_object(
+        open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None
+    )
+    first_update = state["update"] if state else 0
+    if first_update == plan.updates:
+        raise UserError(f"{out} is finished: all {plan.updates:,} updates are done.")
 
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    model.to(device, memory_format=memory_format)
+    model.to(device).to(memory_format=memory_format)
     statistics = RunningStatistics(model)
     optimizer = make_optimizer(model, recipe.optimizer, plan.at(0))
     reducer = GradientReducer(
@@ -74,57 +79,28 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         bucket_mb=recipe.wire.bucket_mb,
         max_bad_updates=recipe.run.max_bad_updates,
     )
-
-    checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep_checkpoints)
-    state = comm.broadcast_object(
-        begin(checkpoints, recipe, plan, out, resume) if world.rank == 0 else None
-    )
-    first_update = 0 if state is None else state["update"]
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        reducer.load_state_dict(state["reducer"])
+    trained: dict[str, Any] = {"model": model, "optimizer": optimizer, "reducer": reducer}
+    if state:
+        for name, part in trained.items():
+            part.load_state_dict(state[name])
     comm.broadcast_(model.state_dict())
 
+    checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep_checkpoints)
     log = RunLog(out, world, plan, first_update)
-    log.say(render_plan(recipe, plan, world.size))
-    log.say(
-        f"{world.size} workers · {len(train_store):,} training images, {len(test_store):,} test images"
-    )
-    log.event(
-        "run",
-        name=recipe.name,
-        recipe=recipe.to_dict(),
-        plan={
-            "train_samples": plan.train_samples,
-            "updates": plan.updates,
-            "stages": [asdict(s) for s in plan.stages],
-        },
-        world_size=world.size,
-        versions=versions(),
-        revision=revision(),
-        resumed_at_update=first_update,
-    )
+    log.begin(recipe, len(test_store), first_update)
 
-    def save(update: int) -> None:
-        checksums = comm.allgather_object(weights_checksum(model))
-        if len(set(checksums)) > 1:
-            raise RuntimeError(f"the ranks' weights differ after {update} updates: {checksums}")
+    def save(updates_done: int) -> None:
+        weights_agree(comm.allgather_object(weights_checksum(model)), updates_done)
         if world.rank == 0:
             log.flush()
-            checkpoints.save(
-                update,
-                {
-                    "update": update,
-                    "fingerprint": recipe.fingerprint(),
-                    "train_samples": plan.train_samples,
-                    "recipe": recipe.to_dict(),
-                    "classes": list(train_store.classes),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "reducer": reducer.state_dict(),
-                },
-            )
+            about = {
+                "update": updates_done,
+                "recipe": recipe.to_dict(),
+                "train_samples": plan.train_samples,
+                "classes": list(train_store.classes),
+            }
+            parts = {name: part.state_dict() for name, part in trained.items()}
+            checkpoints.save(updates_done, about | parts)
 
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
     batches = train_batches(
@@ -135,15 +111,13 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         micro_batch=recipe.layout.micro_batch,
         device=device,
     )
-    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     autocast = (
         torch.autocast(device.type, torch.bfloat16)
         if recipe.run.precision == "bf16"
         else nullcontext()
     )
+    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     sums = torch.zeros(2, device=device)  # of losses and of right answers
-    stopped = False
-    saved = first_update
     model.train()
 
     for update in updates:
@@ -167,17 +141,20 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
             comm.allreduce_async_(sums, "metrics"),
             comm.allreduce_async_(statistics.collected, "batch norm"),
         ]
+        skipped = reducer.stats()["skipped"]
         try:
             optimizer.step()
         except BadUpdatesError as error:
-            raise bad_updates(error, checkpoints) from error
+            raise BadUpdatesError(f"{error} {checkpoints.last_good()}") from error
         for handle in handles:
             comm.synchronize(handle)
-        statistics.fold(update.global_batch)
+        if reducer.stats()["skipped"] == skipped:
+            statistics.fold(update.global_batch)
+        else:
+            statistics.discard()  # they may be NaN as the gradient was
         log.update(update, sums, data_wait=data_wait, reducer=reducer.stats())
 
         done = update.index + 1
-        seen = update.samples_seen + update.global_batch
         stopped = stop.agreed() and done < plan.updates
         if evaluation_is_due(update, plan, recipe.run.eval_every):
             result = evaluate(
@@ -189,59 +166,16 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
                 allreduce=comm.allreduce_,
                 device=device,
             )
-            log.evaluation(done, seen, asdict(result))
+            log.evaluation(update, asdict(result))
         if stopped or done == plan.updates or plan.at(done).stage != update.stage:
             save(done)
-            saved = done
         if stopped:
-            break
+            log.say(f"Stopped after {done} of {plan.updates} updates and saved: use --resume.")
+            log.end("stopped", done)
+            return EXIT_STOPPED
 
-    if stopped:
-        log.say(f"Stopped after {saved} of {plan.updates} updates and saved. Go on with --resume.")
-    log.end("stopped" if stopped else "finished", saved)
-    return EXIT_STOPPED if stopped else 0
-
-
-def begin(
-    checkpoints: Checkpoints, recipe: Recipe, plan: Plan, out: Path, resume: bool
-) -> dict[str, Any] | None:
-    """Open the run's folder; the state to go on from, or None for a fresh run (rank 0 only).
-
-    Raises UserError if the folder holds a run and --resume is not given, or another recipe's.
-    """
-    if not resume and (out / "metrics.jsonl").exists():
-        raise UserError(
-            f"{out} already holds a run. Go on with it by --resume, or choose another --out."
-        )
-    state = checkpoints.load_newest() if resume else None
-    if state is not None and state["fingerprint"] != recipe.fingerprint():
-        raise UserError(
-            f"{out} was trained with another recipe: {recipe_difference(state['recipe'], recipe.to_dict())}. "
-            "Resume with the same recipe and --set values, or choose another --out."
-        )
-    if state is not None and state["train_samples"] != plan.train_samples:
-        raise UserError(
-            f"{out} was trained on {state['train_samples']:,} images, and this training folder has "
-            f"{plan.train_samples:,}. Resume with the same --data, or choose another --out."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    return state
-
-
-def recipe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The settings in which two recipes differ, as `section.key was OLD, is NEW`."""
-    differences = []
-    for section in sorted(old.keys() | new.keys()):
-        before, after = old.get(section), new.get(section)
-        if not (isinstance(before, dict) and isinstance(after, dict)):
-            before, after, section = {section: before}, {section: after}, ""
-        differences += [
-            f"{section}.{key}".lstrip(".") + f" was {before.get(key)!r}, is {after.get(key)!r}"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key)
-        ]
-    return "; ".join(differences)
+    log.end("finished", plan.updates)
+    return 0
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
@@ -274,7 +208,7 @@ def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: ScheduleR
         group["lr"], group["momentum"] = update.lr, update.momentum
 
 
-def layout_of(update: Update, recipe: Recipe, world: World) -> Any:
+def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
     """This rank's micro-batches of `update`."""
     return make_layout(
         update.global_batch,
@@ -306,12 +240,3 @@ def evaluation_is_due(update: Update, plan: Plan, every: int) -> bool:
     span = every * plan.train_samples
     seen = update.samples_seen + update.global_batch
     return seen // span > update.samples_seen // span or update.index + 1 == plan.updates
-
-
-def bad_updates(error: BadUpdatesError, checkpoints: Checkpoints) -> BadUpdatesError:
-    """The same error, with where to go on from."""
-    saved = checkpoints.files()
-    last = (
-        f"The last good checkpoint is {saved[-1]}." if saved else "No checkpoint was written yet."
-    )
-    return BadUpdatesError(f"{error} {last}")

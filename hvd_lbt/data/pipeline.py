@@ -20,7 +20,8 @@ from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.recipe import DataRecipe
 
 try:
-    from nvidia.dali import Pipeline, fn, math as dali_math, types
+    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import math as dali_math
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI makes the images, and it does not import ({error}). "
@@ -51,7 +52,7 @@ class TrainSamples:
         pieces = []
         for epoch, position, length in stream_ranges(first, count, len(self.store)):
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, epoch_order(self.seed, epoch, len(self.store))
+                self._epoch, self._order = (epoch, epoch_order(self.seed, epoch, len(self.store)))
             pieces.append(self._order[position : position + length])
         return np.concatenate(pieces)
 
@@ -80,10 +81,9 @@ def train_batches(
     """
     samples = TrainSamples(store, seed)
 
-    def inputs(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return samples.indices(first, count), samples.uniforms(first, count)
-
-    return _run(store, data, ranges, inputs, _augmented, micro_batch, device)
+    return _run(
+        store, data, ranges, samples.indices, samples.uniforms, _augmented, micro_batch, device
+    )
 
 
 def test_batches(
@@ -96,17 +96,18 @@ def test_batches(
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
 
-    def inputs(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(first, first + count), np.zeros((count, DRAWS), dtype=np.float32)
+    def indices(first: int, count: int) -> np.ndarray:
+        return np.arange(first, first + count)
 
-    return _run(store, data, ranges, inputs, _plain, micro_batch, device)
+    return _run(store, data, ranges, indices, None, _plain, micro_batch, device)
 
 
 def _run(
     store: ImageFolder,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
-    inputs: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    indices_of: Callable[[int, int], np.ndarray],
+    uniforms_of: Callable[[int, int], np.ndarray] | None,
     graph: Callable,
     micro_batch: int,
     device: torch.device,
@@ -114,14 +115,17 @@ def _run(
     todo = iter(ranges)
     in_flight: deque[np.ndarray] = deque()  # what DALI has been given and not yet handed back
 
-    def source() -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
+    def source() -> tuple:
         first, count = next(todo)
-        indices, uniforms = inputs(first, count)
+        indices = indices_of(first, count)
         in_flight.append(indices)
         encoded = [store.read(int(index)) for index in indices]
-        return encoded, uniforms, list(store.labels[indices].reshape(-1, 1))
+        labels = list(store.labels[indices].reshape(-1, 1))
+        return (encoded, labels, uniforms_of(first, count)) if draws else (encoded, labels)
 
-    pipeline = _build(data, graph, source, micro_batch, data.threads, data.prefetch)
+    # DALI warns of an input that the graph does not use.
+    draws = uniforms_of is not None and (data.augment != "none" or data.flip)
+    pipeline = _build(data, graph, source, draws, micro_batch, data.threads, data.prefetch)
     while True:
         try:
             images, labels = pipeline.run()
@@ -138,14 +142,20 @@ def _run(
 
 
 def _build(
-    data: DataRecipe, graph: Callable, source: Callable, batch: int, threads: int, prefetch: int
+    data: DataRecipe,
+    graph: Callable,
+    source: Callable,
+    draws: bool,
+    batch: int,
+    threads: int,
+    prefetch: int,
 ) -> Pipeline:
     pipeline = Pipeline(
         batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=prefetch
     )
     with pipeline:
-        encoded, uniforms, label = fn.external_source(source=source, num_outputs=3, batch=True)
-        images, mirror = graph(data, encoded, uniforms)
+        encoded, label, *uniforms = fn.external_source(source=source, num_outputs=2 + draws)
+        images, mirror = graph(data, encoded, *uniforms)
         images = fn.crop_mirror_normalize(
             images,
             mirror=mirror,
@@ -159,7 +169,7 @@ def _build(
     return pipeline
 
 
-def _augmented(data: DataRecipe, encoded, uniforms):
+def _augmented(data: DataRecipe, encoded, uniforms=None):
     """Decoded, cut out and sized training images, and whether to mirror each."""
     size = data.image_size
     if data.augment == "random_resized_crop":
@@ -207,7 +217,7 @@ def _random_cut(encoded, uniforms):
     )
 
 
-def _plain(data: DataRecipe, encoded, uniforms):
+def _plain(data: DataRecipe, encoded):
     """Decoded and sized test images: the centre of the image resized to `eval_resize`, if set."""
     images = fn.decoders.image(encoded)
     size = data.image_size
@@ -223,9 +233,8 @@ def _name_the_file(
     """Decode what was in flight one by one, to name the file that DALI's batch error does not."""
     for index in np.concatenate(list(in_flight)):
         encoded = store.read(int(index))
-        uniforms = np.full((1, DRAWS), 0.5, dtype=np.float32)
         label = store.labels[[index]].reshape(1, 1)
-        one = _build(data, _augmented, lambda e=encoded: ([e], uniforms, label), 1, 1, 1)
+        one = _build(data, _plain, lambda e=encoded, n=label: ([e], n), False, 1, 1, 1)
         try:
             one.run()
         except RuntimeError as reason:

@@ -23,6 +23,7 @@ class GhostBatchNorm2d(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    collected: Tensor
 
     def __init__(self, features: int, ghost_batch: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -84,4 +85,8 @@ class RunningStatistics:
             norm.running_mean.mul_(keep).add_(mean, alpha=(1 - keep) / global_batch)
             norm.running_var.mul_(keep).add_(variance, alpha=(1 - keep) / global_batch)
             norm.num_batches_tracked += 1
+        self.collected.zero_()
+
+    def discard(self) -> None:
+        """Forget what an update collected, as if it had not been."""
         self.collected.zero_()
