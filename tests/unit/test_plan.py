@@ -130,7 +130,7 @@ def test_left_over_samples_go_to_the_next_stage():
 
 def test_a_stage_too_short_for_one_update_is_left_out_and_said():
     recipe = load_recipe(
-        "digits", ["schedule.milestones=[{epoch: 29.9, factor: 30}, {epoch: 29.95, factor: 1.5}]"]
+        "digits", ["schedule.milestones=[{epoch: 19.9, factor: 30}, {epoch: 19.95, factor: 1.5}]"]
     )
     plan = make_plan(recipe.schedule, 1437)
     assert [stage.index for stage in plan.stages] == [0, 1]
@@ -186,13 +186,13 @@ def test_the_table_warns_of_idle_workers():
 
 def test_a_milestone_may_change_the_momentum_and_the_noise_scale_is_still_as_planned():
     overrides = [
-        "schedule.milestones=[{epoch: 10, factor: 2, momentum: 0.95}, {epoch: 20, factor: 2}]",
+        "schedule.milestones=[{epoch: 5, factor: 2, momentum: 0.95}, {epoch: 10, factor: 2}]",
         "schedule.momentum_change=rescale",
     ]
     schedule = load_recipe("digits", overrides).schedule
     first, second, third = make_plan(schedule, 1437).stages
     # m 0.9 → 0.95 halves 1−m: B must double once more than the factor says
-    assert [stage.global_batch for stage in (first, second, third)] == [16, 64, 128]
+    assert [stage.global_batch for stage in (first, second, third)] == [32, 128, 256]
     assert [stage.momentum for stage in (first, second, third)] == [0.9, 0.95, 0.95]
     assert second.noise_scale == pytest.approx(first.noise_scale / 2)
     assert third.noise_scale == pytest.approx(first.noise_scale / 4)

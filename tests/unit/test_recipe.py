@@ -38,10 +38,10 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
             "schedule.milestones: their epochs are 9, 3; each must be later than the one before it.",
         ),
         (
-            "schedule.milestones=[{epoch: 30, factor: 2}]",
+            "schedule.milestones=[{epoch: 20, factor: 2}]",
             (
-                "schedule.milestones: the last is at epoch 30; it must be before the end, "
-                "schedule.epochs = 30."
+                "schedule.milestones: the last is at epoch 20; it must be before the end, "
+                "schedule.epochs = 20."
             ),
         ),
         (
@@ -110,7 +110,7 @@ def test_impossible_settings_are_named(override, message):
         ("=3", "it must read section.key=value"),
         ("schedule..lr=3", "it must read section.key=value"),
         ("schedule.lr=[", "the value is not valid YAML"),
-        ("schedule.lr.x=3", "schedule.lr is 0.05, which has no keys of its own"),
+        ("schedule.lr.x=3", "schedule.lr is 0.1, which has no keys of its own"),
     ],
 )
 def test_bad_overrides_are_named(override, message):
@@ -138,7 +138,7 @@ def test_overrides_of_every_kind():
     )
     assert recipe.name == "mine"
     assert recipe.schedule.lr == 0.05
-    assert recipe.schedule.first_global_batch == 32  # 16 · (1 − 0.9) / (1 − 0.95)
+    assert recipe.schedule.first_global_batch == 64  # 32 · (1 − 0.9) / (1 − 0.95)
     assert recipe.schedule.milestones[0].factor == 2.5
     assert recipe.run.channels_last
 
