@@ -5,6 +5,7 @@ of a sample are a function of (seed, epoch, position) alone: not of the micro-ba
 workers, the threads, or where a run was resumed.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -144,7 +145,7 @@ def _run(
 def _build(
     data: DataRecipe,
     graph: Callable,
-    source: Callable,
+    source: Callable | Iterable,
     draws: bool,
     batch: int,
     threads: int,
@@ -232,21 +233,19 @@ def _name_the_file(
 ) -> Exception:
     """Decode what was in flight one by one, to name the file that DALI's batch error does not."""
     for index in np.concatenate(list(in_flight)):
-        encoded = store.read(int(index))
-        label = store.labels[[index]].reshape(1, 1)
-        one = _build(data, _plain, lambda e=encoded, n=label: ([e], n), False, 1, 1, 1)
+        one_sample = ([store.read(int(index))], [np.zeros(1, dtype=np.int64)])
+        one = _build(data, _plain, itertools.repeat(one_sample), False, 1, 1, 1)
         try:
             one.run()
         except RuntimeError as reason:
             return SampleError(
-                f"{store.path(int(index))} cannot be decoded as an image: {_last_line(reason)} "
-                "Replace or remove the file."
+                f"{store.path(int(index))} cannot be decoded as an image ({_cause(reason)}). "
+                "Replace or remove it."
             )
     return error
 
 
-def _last_line(error: RuntimeError) -> str:
+def _cause(error: RuntimeError) -> str:
     """What DALI says of the cause, without its stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if line.startswith("Assert") or "rror" in line]
-    return (reasons or lines)[-1]
+    lines = [line.strip() for line in str(error).rpartition("encountered:")[2].splitlines()]
+    return next(line for line in lines if line)

@@ -1,5 +1,7 @@
 """The image folder and the built-in digits: what is found, and what is refused by name."""
 
+import io
+
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.store import ImageFolder, open_splits
+from hvd_lbt.data.store import find_fault, ImageFolder, open_splits
 from hvd_lbt.errors import SampleError, UserError
 
 
@@ -59,7 +61,7 @@ def test_class_that_training_lacks_is_named(data):
 def test_vanished_and_empty_files_are_named(data):
     train = ImageFolder(data / "train")
     train.path(1).write_bytes(b"")
-    with pytest.raises(SampleError, match=r"cat/1.png is no image: the file is empty"):
+    with pytest.raises(SampleError, match=r"cat/1.png is no whole image: the file is empty"):
         train.read(1)
     train.path(1).unlink()
     with pytest.raises(SampleError, match=r"cat/1.png cannot be read: No such file"):
@@ -74,3 +76,34 @@ def test_digits_are_written_once_and_whole(tmp_path):
     assert write_digits(folder) == folder
     assert train.path(0).stat().st_mtime_ns == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
+
+
+def encoded(form: str) -> bytes:
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+    )
+    file = io.BytesIO()
+    picture.save(file, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "TIFF"])
+def test_whole_images_have_no_fault(form):
+    assert find_fault(np.frombuffer(encoded(form), dtype=np.uint8)) == ""
+    assert find_fault(np.frombuffer(encoded("JPEG") + b"trailing", dtype=np.uint8)) == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"", "the file is empty"),
+        (b"hello world" * 20, "it cannot be identified"),
+        (encoded("GIF"), "it is GIF, allowed are BMP, JPEG, MPO, PNG, TIFF, WEBP"),
+        (encoded("PNG")[:60], "Truncated File Read"),
+        (encoded("PNG")[:-40], "Truncated File Read"),
+        (encoded("JPEG")[:1500], "the JPEG is cut off"),
+        (encoded("JPEG")[:100], "Truncated File Read"),
+    ],
+)
+def test_what_would_crash_the_decoder_is_found_first(data, fault):
+    assert find_fault(np.frombuffer(data, dtype=np.uint8)) == fault
