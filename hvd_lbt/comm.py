@@ -47,6 +47,11 @@ def init() -> World:
     return world
 
 
+def horovod() -> Any:
+    """Horovod's own module, for what this one does not cover: process sets, timeline, peers to measure."""
+    return hvd
+
+
 def is_initialized() -> bool:
     """Whether this process has joined a world and not left it."""
     return hvd.is_initialized()

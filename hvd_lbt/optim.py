@@ -141,7 +141,7 @@ class FusedSGD(Optimizer):
                 state["momentum_buffer"].mul_(factor)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update; returns the loss if `closure` computes one."""
         loss = None
         if closure is not None:

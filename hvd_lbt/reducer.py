@@ -114,7 +114,7 @@ class GradientReducer:
         self._slots = [slot for bucket in self._buckets for slot in bucket.slots]
         for bucket in self._buckets:
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(self._make_hook(bucket, slot))  # type: ignore[attr-defined]
+                slot.parameter.register_post_accumulate_grad_hook(self._make_hook(bucket, slot))
 
         self._scale = self._scalar(FIRST_SCALE if wire == "fp16" else 1.0)
         self._one = self._scalar(1.0)
@@ -156,7 +156,7 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.missing = len(bucket.slots)
         if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self._backwards += 1
         if last:
             for bucket in self._buckets:

@@ -558,8 +558,10 @@ PICTURES: dict[str, tuple[Drawing, str]] = {
     ),
     "speed.png": (
         draw_speed,
-        f"Speed, averaged over 1/{BINS} of the run, and the share of the time rank 0 waited "
-        "for images.",
+        (
+            f"Speed, averaged over 1/{BINS} of the run, and the share of the time rank 0 waited "
+            "for images."
+        ),
     ),
 }
 

@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=memory_format)
+    model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
     statistics = RunningStatistics(model)
     optimizer = make_optimizer(model, recipe.optimizer, plan.at(0))
     reducer = GradientReducer(

@@ -5,6 +5,7 @@ of a sample are a function of (seed, epoch, position) alone: not of the micro-ba
 workers, the threads, or where a run was resumed.
 """
 
+import io
 import itertools
 import math
 from collections import deque
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
@@ -82,9 +84,9 @@ def train_batches(
     """
     samples = TrainSamples(store, seed)
 
-    return _run(
-        store, data, ranges, samples.indices, samples.uniforms, _augmented, micro_batch, device
-    )
+    # DALI warns of an input that the graph does not use.
+    uniforms = samples.uniforms if data.augment != "none" or data.flip else None
+    return _run(store, data, ranges, samples.indices, uniforms, _augmented, micro_batch, device)
 
 
 def test_batches(
@@ -101,6 +103,17 @@ def test_batches(
         return np.arange(first, first + count)
 
     return _run(store, data, ranges, indices, None, _plain, micro_batch, device)
+
+
+def decode_one(image: np.ndarray, size: int) -> Tensor:
+    """A check of DALI: encode (H, W, 3) as PNG, and have it decoded and resized to (3, size, size)."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    encoded = np.frombuffer(file.getvalue(), dtype=np.uint8)
+    data = DataRecipe(image_size=size, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
+    one_sample = ([encoded], [np.zeros(1, dtype=np.int64)])
+    images, _ = _build(data, _plain, itertools.repeat(one_sample), False, 1, 1, 1).run()
+    return torch.from_dlpack(images.as_tensor())[0].clone()
 
 
 def _run(
@@ -122,10 +135,10 @@ def _run(
         in_flight.append(indices)
         encoded = [store.read(int(index)) for index in indices]
         labels = list(store.labels[indices].reshape(-1, 1))
-        return (encoded, labels, uniforms_of(first, count)) if draws else (encoded, labels)
+        uniforms = () if uniforms_of is None else (uniforms_of(first, count),)
+        return encoded, labels, *uniforms
 
-    # DALI warns of an input that the graph does not use.
-    draws = uniforms_of is not None and (data.augment != "none" or data.flip)
+    draws = uniforms_of is not None
     pipeline = _build(data, graph, source, draws, micro_batch, data.threads, data.prefetch)
     while True:
         try:

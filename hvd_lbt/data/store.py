@@ -69,7 +69,9 @@ class ImageFolder:
             raise SampleError(f"{self.path(index)} cannot be read: {error.strerror}.") from error
         fault = find_fault(encoded)
         if fault:
-            raise SampleError(f"{self.path(index)} is no whole image: {fault}. Replace or remove it.")
+            raise SampleError(
+                f"{self.path(index)} is no whole image: {fault}. Replace or remove it."
+            )
         return encoded
 
 
@@ -89,7 +91,9 @@ def find_fault(encoded: np.ndarray) -> str:
             if kind == "PNG":
                 image.verify()  # the checksums of its chunks
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "it cannot be identified" if isinstance(error, UnidentifiedImageError) else str(error)
+        return (
+            "it cannot be identified" if isinstance(error, UnidentifiedImageError) else str(error)
+        )
     if kind not in FORMATS:
         return f"it is {kind}, allowed are {', '.join(sorted(FORMATS))}"
     # Within a scan these two bytes cannot occur: a scan without an end was cut off.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+
 Norm = Callable[[int], nn.Module]
 
 
@@ -86,6 +87,11 @@ class ResNet(nn.Module):
     stem "imagenet": 7×7 stride 2 and max-pool, for 224 pixels; "cifar": one 3×3, for small images.
     """
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
         depth: int,
@@ -119,7 +125,7 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_norm.weight)  # Goyal et al. 2017, section 5.1
+                nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]  # Goyal et al. 2017, section 5.1
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

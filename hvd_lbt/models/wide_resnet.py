@@ -27,6 +27,10 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-k: images (n, 3, H, W) → logits (n, num_classes); depth = 6·blocks + 4."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+
     def __init__(self, depth: int, widen: int, num_classes: int, *, norm: Norm):
         super().__init__()
         assert depth % 6 == 4, depth

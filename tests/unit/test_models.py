@@ -43,7 +43,7 @@ def test_unknown_network_is_named(name):
 
 
 def test_too_few_outputs_are_refused():
-    with pytest.raises(UserError, match="model.num_classes: 5 .* 10 classes"):
+    with pytest.raises(UserError, match=r"model.num_classes: 5 .* 10 classes"):
         build_model(settings("resnet18", num_classes=5), 10, ghost_batch=8)
 
 

@@ -65,7 +65,7 @@ def test_no_update_starts_a_fall_early_or_late(schedule, train_samples):
     by_values = {(p.global_batch, p.lr): p.epoch for p in phases(schedule)}
     if len(by_values) < len(schedule.milestones) + 1:
         return  # two phases alike to the bit: which is which cannot be told
-    ends = [round(p.epoch * train_samples) for p in phases(schedule)][1:] + [plan.samples]
+    ends = [*[round(p.epoch * train_samples) for p in phases(schedule)][1:], plan.samples]
     for stage in plan.stages:
         place = list(by_values).index((stage.global_batch, stage.lr))
         assert stage.first_sample + stage.samples <= ends[place]
@@ -199,5 +199,5 @@ def test_a_milestone_may_change_the_momentum_and_the_noise_scale_is_still_as_pla
 
 
 def test_rescaling_a_momentum_that_never_changes_is_refused():
-    with pytest.raises(UserError, match="schedule.momentum_change: 'rescale' has no effect"):
+    with pytest.raises(UserError, match=r"schedule.momentum_change: 'rescale' has no effect"):
         load_recipe("digits", ["schedule.momentum_change=rescale"])

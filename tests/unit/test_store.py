@@ -1,7 +1,6 @@
 """The image folder and the built-in digits: what is found, and what is refused by name."""
 
 import io
-
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.store import find_fault, ImageFolder, open_splits
+from hvd_lbt.data.store import ImageFolder, find_fault, open_splits
 from hvd_lbt.errors import SampleError, UserError
 
 

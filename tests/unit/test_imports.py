@@ -1,0 +1,90 @@
+"""The arrows of the design: which module may import which, held by parsing the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "hvd_lbt"
+MODULES = {
+    ".".join(("hvd_lbt", *file.relative_to(PACKAGE).with_suffix("").parts)): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+# Lower layers know nothing of higher ones; within a layer modules may know each other.
+LAYERS = [
+    {"errors", "world", "noise", "layout", "data.order", "ops", "stop"},
+    {"recipe", "schedule", "plan", "optim", "models"},
+    {"reducer", "data", "checkpoint", "metrics", "comm"},
+    {"evaluate"},
+    {"train", "report", "show_plan", "doctor", "bench"},
+    {"cli"},
+    {"__main__"},
+]
+USERS_OF_COMM = {"train", "evaluate", "elastic", "doctor", "bench", "cli"}
+PURE = {  # the standard library, and what is named
+    "errors": set(),
+    "world": set(),
+    "noise": set(),
+    "layout": set(),
+    "schedule": set(),
+    "data.order": {"numpy"},
+    "plan": {"rich"},  # for the table it prints
+    "recipe": {"pydantic", "yaml"},
+}
+STANDARD = {"dataclasses", "collections", "itertools", "math", "bisect", "pathlib", "typing"}
+STANDARD |= {"difflib", "hashlib", "json", "re"}
+
+
+def imports(name: str, *, everywhere: bool = True) -> set[str]:
+    """The dotted names a module imports."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            found.add(node.module or "")
+            if node.module and node.module.split(".")[0] == "hvd_lbt":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(name: str) -> str:
+    """The name a layer knows a module by: `hvd_lbt.models.resnet` is `models`."""
+    inner = name.removeprefix("hvd_lbt.")
+    return inner if any(inner in layer for layer in LAYERS) else inner.split(".")[0]
+
+
+def layer(name: str) -> int:
+    return next(number for number, members in enumerate(LAYERS) if part(name) in members)
+
+
+def own(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    return {found for found in imports(name) if found in MODULES and found != "hvd_lbt"}
+
+
+TOP = "hvd_lbt.__init__"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {TOP}))
+def test_arrows_point_down(name):
+    upward = {found for found in own(name) if layer(found) > layer(name)}
+    assert not upward
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES)))
+def test_borders_have_one_door(name):
+    packages = {found.split(".")[0] for found in imports(name)}
+    assert ("horovod" in packages) == (name == "hvd_lbt.comm")
+    assert "nvidia" not in packages or name.startswith("hvd_lbt.data.")
+    if "hvd_lbt.comm" in imports(name):
+        assert part(name) in USERS_OF_COMM
+
+
+@pytest.mark.parametrize("inner", sorted(PURE))
+def test_pure_modules_need_nothing_heavy(inner):
+    packages = {found.split(".")[0] for found in imports(f"hvd_lbt.{inner}")}
+    assert packages <= STANDARD | {"hvd_lbt"} | PURE[inner]
