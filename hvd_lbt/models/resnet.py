@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-
 Norm = Callable[[int], nn.Module]
 
 
