@@ -70,6 +70,8 @@ def fused_sgd_(
     Nothing written may overlap anything else. Raises ValueError or TypeError naming the tensor.
     """
     require()
+    if not params:  # without a tensor torch does not know whose kernel to call
+        return
     torch.ops.hvd_lbt.fused_sgd_(
         params,
         grads,

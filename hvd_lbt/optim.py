@@ -40,9 +40,7 @@ class FusedSGD(Optimizer):
     another type or with gaps in memory, `differentiable`. Raises ValueError or TypeError.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf for a step
 
     def __init__(
         self,
@@ -147,13 +145,14 @@ class FusedSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._gradient_source is not None:
-            if self.grad_scale is not None or self.found_inf is not None:
+            if grad_scale is not None or found_inf is not None:
                 raise ValueError("GradScaler and a gradient source both scale: use one of them")
             given = self._gradient_source()
         else:
             given = StepGradients(
-                grads=self._own_gradients(), grad_scale=self.grad_scale, found_inf=self.found_inf
+                grads=self._own_gradients(), grad_scale=grad_scale, found_inf=found_inf
             )
         for group in self.param_groups:
             self._update_group(group, given)
