@@ -68,7 +68,8 @@ class GradientReducer:
     or any torch optimizer, which finds the sum in `.grad` during its step. Reduced is what the
     optimizer has and requires a gradient now; what a backward does not reach counts as a gradient of
     zero (weight decay and momentum go on). allreduce_async(tensor, name) → handle begins the
-    in-place *sum* over the ranks; synchronize(handle) waits for it. wire: fp16, bf16 or fp32.
+    in-place *sum* over the ranks; synchronize(handle) waits for it. wire: fp16, fp32, or bf16 where
+    the allreduce can sum it (Horovod 0.28.1 cannot).
     bucket_mb: size of a bucket on the wire in 2^20 bytes. max_bad_updates: raise BadUpdatesError at
     that many updates in a row with infinite or NaN gradients. overlap: False sends after the last
     backward instead of during it (needed when one backward reaches a parameter several times, as

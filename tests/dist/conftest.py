@@ -49,28 +49,40 @@ def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
 
 
+def begin(ranks: int, *words: str | Path, timeout: float = 120) -> Launch:
+    """Begin `python *words` on that many ranks."""
+    environment = os.environ | {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+        command(ranks, words),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    return Launch(process, timeout)
+
+
+def run_ranks(ranks: int, *words: str | Path, timeout: float = 120) -> str:
+    """Run `python *words` on that many ranks; they must end with 0. Gives what they wrote."""
+    ended = begin(ranks, *words, timeout=timeout).wait()
+    assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
+    return ended.output
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Launch]]:
-    """start(ranks, *words) begins `python *words` on that many ranks."""
+    """`begin`, and what still runs when the test ends is killed."""
     begun: list[Launch] = []
 
     def start(ranks: int, *words: str | Path, timeout: float = 120) -> Launch:
-        environment = os.environ | {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        process = subprocess.Popen(
-            command(ranks, words),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        begun.append(Launch(process, timeout))
+        begun.append(begin(ranks, *words, timeout=timeout))
         return begun[-1]
 
     yield start
@@ -81,12 +93,6 @@ def start() -> Iterator[Callable[..., Launch]]:
 
 
 @pytest.fixture
-def ranks(start: Callable[..., Launch]) -> Callable[..., str]:
-    """ranks(n, *words) runs `python *words` on n ranks, must end with 0, and gives the output."""
-
-    def run(number: int, *words: str | Path, timeout: float = 120) -> str:
-        ended = start(number, *words, timeout=timeout).wait()
-        assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
-        return ended.output
-
-    return run
+def ranks() -> Callable[..., str]:
+    """`run_ranks`."""
+    return run_ranks

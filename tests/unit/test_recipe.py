@@ -92,7 +92,7 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
         ("model.name=wide_resnet15_4", "model.name: 'wide_resnet15_4' is not allowed"),
         ("data.std=[1, 0, 1]", "data.std: [1, 0, 1] is not allowed; each of the three must be"),
         ("data.eval_resize=8", "data.eval_resize: 8 is smaller than data.image_size (16)"),
-        ("wire.form=int8", "wire.form: 'int8' is not allowed; it must be 'fp16', 'bf16' or 'fp32'"),
+        ("wire.form=int8", "wire.form: 'int8' is not allowed; it must be 'fp16' or 'fp32'"),
         ("run.seed=-1", "run.seed: -1 is not allowed"),
     ],
 )
