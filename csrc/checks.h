@@ -198,8 +198,7 @@ inline void check_wire(const Tensor& wire, TensorList tensors, const char* list,
   check_wire_type(wire, {"wire"});
   check_contiguous(wire, {"wire"});
   check_single(scale, {"scale"}, device);
-  std::vector<Extent> extents{extent_of(wire, {"wire"}, packs),
-                              extent_of(scale, {"scale"}, false)};
+  std::vector<Extent> extents{extent_of(wire, {"wire"}, packs), extent_of(scale, {"scale"}, false)};
   if (packs) {
     check_single(*overflow, {"overflow"}, device);
     extents.push_back(extent_of(*overflow, {"overflow"}, true));

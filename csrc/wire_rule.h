@@ -105,7 +105,8 @@ HVD_RULE float from_wire(Half wire) {
 
 HVD_RULE float from_wire(Bfloat16 wire) { return float_of(static_cast<uint32_t>(wire.bits) << 16); }
 
-// On the way to the wire a gradient is multiplied by the wire's scale, on the way back divided by it.
+// On the way to the wire a gradient is multiplied by the wire's scale, on the way back divided by
+// it.
 template <class V>
 HVD_RULE V pack_rule(V source, float scale) {
   return source * scale;

@@ -76,7 +76,8 @@ inline int64_t head(const T* pointer, int64_t count) {
 
 template <class I, class G>
 void sgd(const SgdSpan& span, float grad_scale, const SgdSettings& settings) {
-  int64_t at = sgd_range<Scalar, G>(span, 0, head<I>(span.weight, span.count), grad_scale, settings);
+  int64_t at =
+      sgd_range<Scalar, G>(span, 0, head<I>(span.weight, span.count), grad_scale, settings);
   at = sgd_range<I, G>(span, at, span.count, grad_scale, settings);
   sgd_range<Scalar, G>(span, at, span.count, grad_scale, settings);
   I::fence();

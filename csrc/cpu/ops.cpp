@@ -1,5 +1,5 @@
-// The operators on CPU: elements of all tensors are dealt evenly to the threads, each thread walks its
-// share with the loops of the best instruction set this processor has.
+// The operators on CPU: elements of all tensors are dealt evenly to the threads, each thread walks
+// its share with the loops of the best instruction set this processor has.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
