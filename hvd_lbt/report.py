@@ -487,7 +487,9 @@ def _picture(
 ) -> Path:
     """Draw rows of quantities, each against epochs (left) and updates (right), legend on top."""
     with matplotlib.rc_context(FONTS):
-        legend_rows = -(-len(groups) // 3)
+        labels = [_legend_label(group) for group in groups]
+        columns = max(1, min(3, 110 // max(len(label) + 8 for label in labels)))
+        legend_rows = -(-len(groups) // columns)
         size = (12, height * len(rows) + 0.35 * legend_rows + 0.5)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", squeeze=False)
@@ -507,8 +509,7 @@ def _picture(
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         figure.align_ylabels(panels[:, 0])
         lines = panels[0, 0].get_lines()[::2]  # each line has its end's dot behind it
-        labels = [_legend_label(group) for group in groups]
-        figure.legend(lines, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.legend(lines, labels, loc="outside upper center", ncols=columns, frameon=False)
         figure.savefig(path, dpi=130)
     return path
 

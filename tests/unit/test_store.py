@@ -103,6 +103,7 @@ def test_whole_images_have_no_fault(form):
         (encoded("JPEG")[:1500], "the JPEG is cut off"),
         (encoded("JPEG")[:100], "Truncated File Read"),
     ],
+    ids=["empty", "text", "GIF", "PNG head", "PNG cut", "JPEG cut", "JPEG head"],
 )
 def test_what_would_crash_the_decoder_is_found_first(data, fault):
     assert find_fault(np.frombuffer(data, dtype=np.uint8)) == fault
