@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -108,12 +109,14 @@ def threads() -> Finding:
 
 def allreduce(launcher: str) -> Finding:
     """A sum over two ranks that this process starts."""
+    here = Path(sys.executable).parent  # where horovodrun is, whether activated or not
     environment = os.environ | {
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = ["horovodrun", f"--{launcher}", "-np", "2", "-H", "localhost:2"]
+    command = [str(here / "horovodrun"), f"--{launcher}", "-np", "2", "-H", "localhost:2"]
     done = subprocess.run(
         [*command, sys.executable, "-c", TWO_RANKS],
         env=environment,
