@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hvd_lbt.models import build_model
 from hvd_lbt.optim import FusedSGD, StepGradients
 from hvd_lbt.recipe import ModelRecipe
 
-SETTINGS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-5}
+SETTINGS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-5}
 SCALE = 1024.0
 FORMS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKED_UPDATES = 3
