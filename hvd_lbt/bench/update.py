@@ -100,7 +100,7 @@ def _torch(net: Net, gradient: Tensor, kind: str, *, full: str = "") -> Way:
     gradients find them infinite and unscale them. Both clear with a pass of their own.
     """
     params = net.weights()
-    optimizer = torch.optim.SGD(params, **{kind: True}, **SETTINGS)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(params, **{kind: True}, **SETTINGS)
     single = gradient.clone() if gradient.dtype == torch.float32 else gradient.float()
     for param, grad in zip(params, net.views(single), strict=True):
         param.grad = grad
