@@ -118,11 +118,15 @@ HVD_RULE V unpack_rule(V wire, float scale) {
 }
 
 // The largest magnitudes' bits, before and after scaling -> 0 all fits; 1 a finite source became
-// infinite on the wire (lower the scale); 2 a source was infinite or NaN (no scale helps).
+// infinite on the wire, or a sum of so many such summands may (lower the scale); 2 a source was
+// infinite or NaN (no scale helps). A sum has half the room: it is rounded once a summand, and
+// (1 + 2^-11)^1024 < 2.
 template <class W>
-HVD_RULE float overflow_rule(uint32_t source_magnitude, uint32_t scaled_magnitude) {
+HVD_RULE float overflow_rule(uint32_t source_magnitude, uint32_t scaled_magnitude, float summands) {
   if (source_magnitude >= kInfinity) return 2.0f;
-  return scaled_magnitude >= Overflow<W>::limit ? 1.0f : 0.0f;
+  if (scaled_magnitude >= Overflow<W>::limit) return 1.0f;
+  const float sum = 2.0f * summands * float_of(scaled_magnitude);
+  return summands > 1.0f && sum >= float_of(Overflow<W>::limit) ? 1.0f : 0.0f;
 }
 
 }  // namespace hvd_lbt

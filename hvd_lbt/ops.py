@@ -125,28 +125,42 @@ def fused_sgd_reference(
         tensor.zero_()
 
 
-def pack_wire_(wire: Tensor, sources: Sequence[Tensor], scale: Tensor, overflow: Tensor) -> None:
+def pack_wire_(
+    wire: Tensor,
+    sources: Sequence[Tensor],
+    scale: Tensor,
+    overflow: Tensor,
+    *,
+    summands: int = 1,
+) -> None:
     """Lay scaled gradients into a flat wire bucket: wire = round(scale · concatenation of sources).
 
     wire: contiguous, float16, bfloat16 or float32 (rounding to nearest even), as many elements as
     all sources together; sources: float32, contiguous; scale: one float32. overflow: one float32,
     raised (never lowered) to 1 if a finite source does not fit the wire, to 2 if a source is
-    infinite or NaN. Raises ValueError or TypeError naming the tensor.
+    infinite or NaN. summands: how many such buckets will be summed in the wire's form; above 1, the
+    flag is raised to 1 also where 2·summands of the largest value do not fit. Raises ValueError or TypeError naming the tensor.
     """
     require()
-    torch.ops.hvd_lbt.pack_wire_(wire, sources, scale, overflow)
+    torch.ops.hvd_lbt.pack_wire_(wire, sources, scale, overflow, summands=summands)
 
 
 @torch.no_grad()
 def pack_wire_reference(
-    wire: Tensor, sources: Sequence[Tensor], scale: Tensor, overflow: Tensor
+    wire: Tensor,
+    sources: Sequence[Tensor],
+    scale: Tensor,
+    overflow: Tensor,
+    *,
+    summands: int = 1,
 ) -> None:
     """`pack_wire_` in plain torch."""
     if not sources:
         return
     flat = torch.cat([source.reshape(-1) for source in sources])
     wire.view(-1).copy_(flat * scale)
-    lost = (~wire.view(-1).isfinite()).any().float()
+    room = 2.0 * summands if summands > 1 else 1.0
+    lost = (~(flat * scale * room).to(wire.dtype).isfinite()).any().float()
     broken = (~flat.isfinite()).any().float()
     overflow.copy_(torch.maximum(overflow, torch.maximum(lost, 2 * broken).expand_as(overflow)))
 

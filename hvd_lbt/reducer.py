@@ -5,8 +5,8 @@ batch; so their gradients are only ever summed, and unequal shares weigh as they
 accumulate in flat fp32 buckets (`.grad` are views). During the last backward each bucket leaves for
 the wire when its last gradient is there; the update reads the world's sum out of the wire buckets.
 
-The accumulation outlives the sending. If a scaled gradient does not fit the wire, on any rank or in
-the sum, the update is sent again in fp32 before the optimizer moves. If a gradient itself is
+The accumulation outlives the sending. If a scaled gradient does not fit the wire, on any rank, or if
+the ranks' sum might not, the update is sent again in fp32 before the optimizer moves. If a gradient itself is
 infinite or NaN, no scale helps: all ranks skip the update.
 """
 
@@ -231,7 +231,13 @@ class GradientReducer:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
-        ops.pack_wire_(bucket.wire, [bucket.accumulation], self._scale, self._overflow)
+        ops.pack_wire_(
+            bucket.wire,
+            [bucket.accumulation],
+            self._scale,
+            self._overflow,
+            summands=self.world.size,
+        )
         bucket.handle = self._allreduce_async(bucket.wire, bucket.name)
 
     # -- step: the world's sum --------------------------------------------------------------------
@@ -256,17 +262,13 @@ class GradientReducer:
             self._synchronize(bucket.handle)
             bucket.handle = None
         self._synchronize(self._flags_handle)
-        # Finite summands can have an infinite sum; a sum of finite fp16 is finite in fp32.
-        sums = torch.stack([bucket.wire.sum(dtype=torch.float32) for bucket in self._buckets])
-        overflowed, bad, finite = torch.cat(
-            [self._flags, sums.isfinite().all().float().view(1)]
-        ).tolist()
+        overflowed, bad = self._flags.tolist()
         self._overflow.zero_()
         self._sent = False
         self._backwards = 0
         if bad:
             return self._skip()
-        if overflowed or not finite:
+        if overflowed:
             self._overflows += 1
             return self._send_again()
         self._bad_in_a_row = 0
@@ -277,18 +279,23 @@ class GradientReducer:
 
     def _send_again(self) -> str:
         """Sum the accumulations themselves, in fp32, and lower the scale to what would have fitted."""
+        own = torch.stack([bucket.accumulation.abs().max() for bucket in self._buckets]).max()
+        largest_by_rank = torch.zeros(self.world.size, device=self._device)
+        largest_by_rank[self.world.rank] = own
+        self._sum(largest_by_rank, f"{self.name}.largest")
         handles = [
             self._allreduce_async(bucket.accumulation, f"{bucket.name}.again")
             for bucket in self._buckets
         ]
         for handle in handles:
             self._synchronize(handle)
-        largest = max(float(bucket.accumulation.abs().max()) for bucket in self._buckets)
-        if not math.isfinite(largest):
-            return self._skip()
+        if not all(bool(bucket.accumulation.isfinite().all()) for bucket in self._buckets):
+            return self._skip()  # finite in every rank, not in sum: 2^128 is reached
         self._bad_in_a_row = 0
         if self.wire == "fp16":
-            fitting = 2.0 ** math.floor(math.log2(2.0**15 / max(largest, 2.0**-100)))
+            room = 2.0**15 / (2 * self.world.size)
+            largest = max(float(largest_by_rank.max()), 2.0**-100)
+            fitting = 2.0 ** math.floor(math.log2(room / largest))
             self._set_scale(max(min(self._wire_scale / 2, fitting), SMALLEST_SCALE))
         return "fp32"
 

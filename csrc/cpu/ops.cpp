@@ -115,8 +115,9 @@ std::vector<int64_t> offsets_of(TensorList tensors) {
   return offsets;
 }
 
-void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale,
-                const Tensor& overflow) {
+void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, const Tensor& overflow,
+                int64_t summands) {
+  TORCH_CHECK_VALUE(summands >= 1, "hvd_lbt: summands is ", summands, "; it must be at least 1");
   check_wire(wire, sources, "sources", scale, &overflow);
   const std::vector<int64_t> offsets = offsets_of(sources);
   const auto pack = chosen_kernels().load()->pack[static_cast<int>(form_of(wire))];
@@ -134,11 +135,14 @@ void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale,
   const float flag = [&] {
     switch (form_of(wire)) {
       case Form::kHalf:
-        return overflow_rule<Half>(magnitudes.source, magnitudes.scaled);
+        return overflow_rule<Half>(magnitudes.source, magnitudes.scaled,
+                                   static_cast<float>(summands));
       case Form::kBfloat16:
-        return overflow_rule<Bfloat16>(magnitudes.source, magnitudes.scaled);
+        return overflow_rule<Bfloat16>(magnitudes.source, magnitudes.scaled,
+                                       static_cast<float>(summands));
       default:
-        return overflow_rule<float>(magnitudes.source, magnitudes.scaled);
+        return overflow_rule<float>(magnitudes.source, magnitudes.scaled,
+                                    static_cast<float>(summands));
     }
   }();
   float* raised = overflow.mutable_data_ptr<float>();

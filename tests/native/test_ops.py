@@ -241,6 +241,27 @@ def test_the_flag_tells_too_large_from_broken(isa, form, scale, value, flag, pla
     assert raised.item() == 2  # never lowered
 
 
+@pytest.mark.parametrize(
+    ("form", "value", "summands", "flag"),
+    [
+        (torch.float16, 32000.0, 1, 0),
+        (torch.float16, 16379.0, 2, 0),
+        (torch.float16, 16381.0, 2, 1),
+        (torch.float16, 31.9, 1024, 0),
+        (torch.float16, 32.0, 1024, 1),
+        (torch.float32, 1e38, 2, 1),
+        (torch.float32, 1e37, 2, 0),
+    ],
+)
+def test_the_flag_keeps_room_for_a_sum(isa, form, value, summands, flag):
+    for pack in (ops.pack_wire_, ops.pack_wire_reference):
+        overflow = torch.zeros(1)
+        wire, source = torch.empty(3, dtype=form), torch.tensor([0.0, -value, 1.0])
+        pack(wire, [source], torch.tensor(1.0), overflow, summands=summands)
+        assert overflow.item() == flag
+        assert torch.equal(wire, source.to(form))
+
+
 def test_references_agree_with_the_operators():
     params, grads, momenta = tensors(SIZES, seed=1), tensors(SIZES, seed=2), tensors(SIZES, seed=3)
     twins = clones([params, grads, momenta])
