@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvd_lbt import checkpoint, comm
+from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.pipeline import test_batches
 from hvd_lbt.data.store import ImageFolder, open_test_split
@@ -90,6 +90,8 @@ def main(args: argparse.Namespace) -> int:
 
 def local_device(world: World) -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
-    return (
-        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    ops.require_on(device)
+    return device

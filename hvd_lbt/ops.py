@@ -36,6 +36,17 @@ def require() -> None:
         )
 
 
+def require_on(device: torch.device) -> None:
+    """Raise `UserError` unless the extension has kernels for this kind of device."""
+    require()
+    key = device.type.upper()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("hvd_lbt::fused_sgd_", key):
+        raise UserError(
+            f"the extension hvd_lbt._C has no {key} kernels, and this process sees a GPU. Hide it "
+            "(CUDA_VISIBLE_DEVICES=) to train on the CPU."
+        )
+
+
 def cpu_isa(choose: str | None = None) -> str:
     """Name of the CPU instruction set in use: avx512, avx2 or plain; `choose` changes it."""
     require()

@@ -400,3 +400,9 @@ def test_more_than_2_to_the_31_elements():
     options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
     ops.fused_sgd_([source], [wire], [], lr=1.0, **options)
     assert source[-1] == -4.5
+
+
+def test_a_device_without_kernels_is_refused_before_anything_runs():
+    ops.require_on(torch.device("cpu"))
+    with pytest.raises(ops.UserError, match="has no XLA kernels"):
+        ops.require_on(torch.device("xla"))

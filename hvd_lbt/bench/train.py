@@ -1,0 +1,98 @@
+"""`hvd_lbt bench train`: images a second of the training step against a bare PyTorch loop.
+
+Synthetic images that lie in memory, the same network twice: once with the reducer, the wire, ghost
+batch norm's statistics and FusedSGD, as `hvd_lbt train` runs it; once with loss.backward() and
+torch.optim.SGD(fused=True). The batch grows on the way.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from hvd_lbt import comm
+from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
+from hvd_lbt.layout import make_layout
+from hvd_lbt.models import RunningStatistics, build_model
+from hvd_lbt.optim import FusedSGD
+from hvd_lbt.recipe import load_recipe
+from hvd_lbt.reducer import GradientReducer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt bench train`."""
+    parser.add_argument("--recipe", default="cifar10_small", help="whose network [cifar10_small]")
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 512], metavar="B")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check that both loops give the same weights, then time one update of each global batch."""
+    world = comm.init()
+    recipe = load_recipe(args.recipe, ["wire.form=fp32"] if world.size == 1 else [])
+    settings = {"recipe": args.recipe, "world_size": world.size, "wire": recipe.wire.form}
+    lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(build_model(recipe.model, 10, recipe.layout.ghost_batch))
+    ours, theirs = models
+    statistics = RunningStatistics(ours)
+    momentum, decay = recipe.schedule.momentum, recipe.optimizer.weight_decay
+    optimizer = FusedSGD(ours.parameters(), 0.01, momentum, weight_decay=decay)
+    peer = torch.optim.SGD(theirs.parameters(), 0.01, momentum, weight_decay=decay, fused=True)
+    reducer = GradientReducer(
+        ours,
+        optimizer,
+        world=world,
+        allreduce_async=comm.allreduce_async_,
+        synchronize=comm.synchronize,
+        wire=recipe.wire.form,
+    )
+    side = recipe.data.image_size
+
+    def step(global_batch: int) -> None:
+        layout = make_layout(
+            global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
+        )
+        for index, part in enumerate(layout.micro_batches):
+            loss = F.cross_entropy(ours(images[: len(part)]), labels[: len(part)], reduction="sum")
+            reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
+        handle = comm.allreduce_async_(statistics.collected, "statistics")
+        optimizer.step()
+        comm.synchronize(handle)
+        statistics.fold(global_batch)
+
+    def bare(global_batch: int) -> None:
+        mine = global_batch // world.size
+        for first in range(0, mine, recipe.layout.micro_batch):
+            count = min(recipe.layout.micro_batch, mine - first)
+            loss = F.cross_entropy(theirs(images[:count]), labels[:count], reduction="sum")
+            (loss / mine).backward()
+        peer.step()
+        peer.zero_grad(set_to_none=False)
+
+    images = torch.randn(recipe.layout.micro_batch, 3, side, side)
+    labels = torch.randint(0, 10, (recipe.layout.micro_batch,))
+    step(args.batches[0])
+    bare(args.batches[0])
+    if world.size == 1:  # on several ranks the bare loops do not know of each other
+        check_equal("weights", ours.parameters(), theirs.parameters(), tolerance=1e-5)
+    for batch in args.batches:
+        times = time_interleaved(
+            {"ours": partial(step, batch), "bare": partial(bare, batch)},
+            repetitions=args.repetitions,
+            warmups=1,
+            synchronize=comm.barrier,
+        )
+        lines.result(
+            case=f"global batch {batch}",
+            images_per_second=batch / times["ours"].median,
+            against={"bare PyTorch loop": speedup(times["ours"], times["bare"])},
+            **times["ours"].summary(),
+        )
+    comm.shutdown()
+    return 0
