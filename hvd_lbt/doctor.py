@@ -57,12 +57,11 @@ def torch() -> Finding:
 
 
 def horovod() -> Finding:
-    """Horovod with MPI and Gloo, and with NCCL where torch has CUDA."""
+    """Horovod with MPI and Gloo, and with NCCL where torch sees a GPU."""
     hvd = importlib.import_module("hvd_lbt.comm").horovod()
     built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": bool(hvd.nccl_built())}
-    needed = {"MPI", "Gloo"} | (
-        {"NCCL"} if importlib.import_module("torch").version.cuda else set()
-    )
+    gpu = importlib.import_module("torch").cuda.is_available()
+    needed = {"MPI", "Gloo"} | ({"NCCL"} if gpu else set())
     missing = sorted(name for name in needed if not built[name])
     version = importlib.import_module("horovod").__version__
     seen = f"{version} with " + ", ".join(name for name, there in built.items() if there)
