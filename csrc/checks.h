@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "wire_rule.h"
 
 namespace hvd_lbt {
 
@@ -221,6 +221,27 @@ inline void check_wire(const Tensor& wire, TensorList tensors, const char* list,
   } else {
     mark_written(tensors);
   }
+}
+
+inline void check_pack_wire(const Tensor& wire, TensorList sources, const Tensor& scale,
+                            const Tensor& overflow, int64_t summands) {
+  TORCH_CHECK_VALUE(summands >= 1, "hvd_lbt: summands is ", summands, "; it must be at least 1");
+  check_wire(wire, sources, "sources", scale, &overflow);
+}
+
+inline void check_unpack_wire(TensorList targets, const Tensor& wire, const Tensor& scale) {
+  check_wire(wire, targets, "targets", scale, nullptr);
+}
+
+// Where in the bucket each tensor begins.
+inline std::vector<int64_t> offsets_of(TensorList tensors) {
+  std::vector<int64_t> offsets(tensors.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    offsets[i] = total;
+    total += tensors[i].numel();
+  }
+  return offsets;
 }
 
 }  // namespace hvd_lbt

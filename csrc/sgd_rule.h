@@ -16,6 +16,17 @@ struct SgdSettings {
   bool maximize;       // climb: the gradient's sign is turned before the decay is added
 };
 
+inline SgdSettings sgd_settings(double lr, double momentum, double weight_decay, bool has_momentum,
+                                bool has_scale, bool nesterov, bool maximize) {
+  return {static_cast<float>(lr),
+          static_cast<float>(momentum),
+          static_cast<float>(weight_decay),
+          has_momentum,
+          has_scale,
+          nesterov,
+          maximize};
+}
+
 // g <- +-g / scale + weight_decay w;  b <- m b + g;  w <- w - lr (g + m b  or  b  or  g).
 // V is float or a vector of floats. Built without contraction to fused multiply-adds, so that every
 // instruction set gives the same bits.

@@ -13,6 +13,9 @@
 
 namespace hvd_lbt {
 
+enum class Form : uint8_t { kFloat, kHalf, kBfloat16 };
+constexpr int kForms = 3;
+
 // One wire element as it lies in memory.
 struct Half {
   uint16_t bits;

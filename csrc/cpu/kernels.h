@@ -8,9 +8,6 @@
 
 namespace hvd_lbt {
 
-enum class Form : uint8_t { kFloat, kHalf, kBfloat16 };
-constexpr int kForms = 3;
-
 // `count` consecutive elements of one parameter. clear, low and (without momentum) buffer may be
 // null.
 struct SgdSpan {

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "../checks.h"
+#include "kernels.h"
 
 namespace hvd_lbt {
 namespace {
@@ -80,13 +81,8 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   check_fused_sgd(params, grads, momenta, momentum, nesterov, grad_scale, found_inf, clear,
                   low_precision);
   if (found_inf && *found_inf->const_data_ptr<float>() != 0.0f) return;
-  const SgdSettings settings{static_cast<float>(lr),
-                             static_cast<float>(momentum),
-                             static_cast<float>(weight_decay),
-                             !momenta.empty(),
-                             grad_scale.has_value(),
-                             nesterov,
-                             maximize};
+  const SgdSettings settings = sgd_settings(lr, momentum, weight_decay, !momenta.empty(),
+                                            grad_scale.has_value(), nesterov, maximize);
   const float scale = grad_scale ? *grad_scale->const_data_ptr<float>() : 1.0f;
   const CpuKernels& kernels = *chosen_kernels();
   const auto maybe = [](TensorList list, size_t i, int64_t first) {
@@ -104,21 +100,9 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   });
 }
 
-// Where in the bucket each tensor begins.
-std::vector<int64_t> offsets_of(TensorList tensors) {
-  std::vector<int64_t> offsets(tensors.size());
-  int64_t total = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    offsets[i] = total;
-    total += tensors[i].numel();
-  }
-  return offsets;
-}
-
 void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, const Tensor& overflow,
                 int64_t summands) {
-  TORCH_CHECK_VALUE(summands >= 1, "hvd_lbt: summands is ", summands, "; it must be at least 1");
-  check_wire(wire, sources, "sources", scale, &overflow);
+  check_pack_wire(wire, sources, scale, overflow, summands);
   const std::vector<int64_t> offsets = offsets_of(sources);
   const auto pack = chosen_kernels().load()->pack[static_cast<int>(form_of(wire))];
   const float factor = *scale.const_data_ptr<float>();
@@ -150,7 +134,7 @@ void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, con
 }
 
 void unpack_wire_(TensorList targets, const Tensor& wire, const Tensor& scale) {
-  check_wire(wire, targets, "targets", scale, nullptr);
+  check_unpack_wire(targets, wire, scale);
   const std::vector<int64_t> offsets = offsets_of(targets);
   const auto unpack = chosen_kernels().load()->unpack[static_cast<int>(form_of(wire))];
   const float factor = *scale.const_data_ptr<float>();

@@ -1,0 +1,41 @@
+// The kernels of csrc/cuda/kernels.cu, without a word of PyTorch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "../sgd_rule.h"
+#include "../wire_rule.h"
+
+namespace hvd_lbt {
+
+// One parameter, its elements in the order of memory. buffer, clear and low may be null.
+struct SgdTensor {
+  float* weight;
+  const void* gradient;  // in gradient_form
+  float* buffer;         // momentum
+  float* clear;          // set to zero; may be the gradient itself
+  void* low;             // the new weight, rounded to low_form
+  int64_t count;
+  Form gradient_form;
+  Form low_form;
+};
+
+// One tensor laid into a wire bucket.
+struct WireTensor {
+  float* values;   // only read when packing
+  int64_t offset;  // where it begins in the bucket, in elements
+  int64_t count;
+};
+
+// As the operators of csrc/ops.cpp say. Scales and flags are read on the device; nothing waits for
+// it. One launch for up to 543 (cuda_sgd) or 1,165 tensors.
+void cuda_sgd(const std::vector<SgdTensor>& tensors, const float* grad_scale,
+              const float* found_inf, const SgdSettings& settings, cudaStream_t stream);
+void cuda_pack(void* wire, Form form, const std::vector<WireTensor>& sources, const float* scale,
+               float* overflow, float summands, cudaStream_t stream);
+void cuda_unpack(const std::vector<WireTensor>& targets, const void* wire, Form form,
+                 const float* scale, cudaStream_t stream);
+
+}  // namespace hvd_lbt
