@@ -20,11 +20,14 @@ FORMS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as wire_rule.
 
 def toolkit() -> Path | None:
     """The folder of the CUDA toolkit, if there is one."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    found = os.environ.get("CUDA_HOME") or (
-        os.path.exists(nvcc) and Path(nvcc).resolve().parents[1]
-    )
-    return Path(found).resolve() if found else None
+    nvcc = shutil.which("nvcc")
+    beside = Path(nvcc).resolve().parents[1] if nvcc else None
+    for folder in (os.environ.get("CUDA_HOME"), beside, *sorted(Path("/usr/local").glob("cuda*"))):
+        if folder and all(
+            (Path(folder) / file).exists() for file in ("bin/nvcc", "include/cuda_runtime.h")
+        ):
+            return Path(folder).resolve()
+    return None
 
 
 needs_nvcc = pytest.mark.skipif(toolkit() is None, reason="no CUDA toolkit here (CUDA_HOME)")
@@ -168,8 +171,8 @@ def test_sgd_kernel_gives_the_bits_of_the_cpu(kernels, form, shift, extras):
     options = {}
     if extras:
         options = {
-            "grad_scale": torch.tensor(8.0),
-            "found_inf": torch.tensor(0.0),
+            "grad_scale": torch.tensor([8.0]),
+            "found_inf": torch.tensor([0.0]),
             "clear": tensors(SIZES, shift, seed=3),
             "low_precision": tensors(SIZES, shift, torch.bfloat16, seed=4),
         }
