@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_lbt.errors import UserError
 
 try:
-    from hvd_lbt import _C  # type: ignore[attr-defined]  # noqa: F401  (it registers the operators)
+    from hvd_lbt import _C  # noqa: F401  (it registers the operators)
 except ImportError as error:
     _missing: ImportError | None = error
 else:

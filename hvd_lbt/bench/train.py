@@ -2,10 +2,11 @@
 
 Synthetic images that lie in memory, the same network twice: once with the reducer, the wire, ghost
 batch norm's statistics and FusedSGD, as `hvd_lbt train` runs it; once with loss.backward() and
-torch.optim.SGD(fused=True). The batch grows on the way.
+torch.optim.SGD(fused=True). The batch grows on the way. Precision and channels_last are the recipe's.
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from hvd_lbt import comm
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
+from hvd_lbt.evaluate import local_device
 from hvd_lbt.layout import make_layout
 from hvd_lbt.models import RunningStatistics, build_model
 from hvd_lbt.optim import FusedSGD
@@ -24,6 +26,7 @@ from hvd_lbt.reducer import GradientReducer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench train`."""
     parser.add_argument("--recipe", default="cifar10_small", help="whose network [cifar10_small]")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512], metavar="B")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
@@ -32,13 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Check that both loops give the same weights, then time one update of each global batch."""
     world = comm.init()
-    recipe = load_recipe(args.recipe, ["wire.form=fp32"] if world.size == 1 else [])
-    settings = {"recipe": args.recipe, "world_size": world.size, "wire": recipe.wire.form}
+    device = local_device(world)
+    one_rank = ["wire.form=fp32"] if world.size == 1 else []
+    recipe = load_recipe(args.recipe, [*one_rank, *args.settings])
+    settings = {
+        "recipe": args.recipe,
+        "set": args.settings,
+        "world_size": world.size,
+        "device": device.type,
+        "wire": recipe.wire.form,
+        "precision": recipe.run.precision,
+        "channels_last": recipe.run.channels_last,
+    }
     lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    autocast = (
+        torch.autocast(device.type, torch.bfloat16)
+        if recipe.run.precision == "bf16"
+        else nullcontext()
+    )
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(build_model(recipe.model, 10, recipe.layout.ghost_batch))
+        model = build_model(recipe.model, 10, recipe.layout.ghost_batch).to(device)
+        models.append(model.to(memory_format=memory_format))  # type: ignore[call-overload]
     ours, theirs = models
     statistics = RunningStatistics(ours)
     momentum, decay = recipe.schedule.momentum, recipe.optimizer.weight_decay
@@ -59,7 +79,9 @@ def main(args: argparse.Namespace) -> int:
             global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
         )
         for index, part in enumerate(layout.micro_batches):
-            loss = F.cross_entropy(ours(images[: len(part)]), labels[: len(part)], reduction="sum")
+            with autocast:
+                logits = ours(images[: len(part)])
+            loss = F.cross_entropy(logits.float(), labels[: len(part)], reduction="sum")
             reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
         handle = comm.allreduce_async_(statistics.collected, "statistics")
         optimizer.step()
@@ -70,23 +92,32 @@ def main(args: argparse.Namespace) -> int:
         mine = global_batch // world.size
         for first in range(0, mine, recipe.layout.micro_batch):
             count = min(recipe.layout.micro_batch, mine - first)
-            loss = F.cross_entropy(theirs(images[:count]), labels[:count], reduction="sum")
+            with autocast:
+                logits = theirs(images[:count])
+            loss = F.cross_entropy(logits.float(), labels[:count], reduction="sum")
             (loss / mine).backward()
         peer.step()
         peer.zero_grad(set_to_none=False)
 
-    images = torch.randn(recipe.layout.micro_batch, 3, side, side)
-    labels = torch.randint(0, 10, (recipe.layout.micro_batch,))
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        comm.barrier()
+
+    shape = (recipe.layout.micro_batch, 3, side, side)
+    images = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
+    labels = torch.randint(0, 10, shape[:1], device=device)
     step(args.batches[0])
     bare(args.batches[0])
     if world.size == 1:  # on several ranks the bare loops do not know of each other
-        check_equal("weights", ours.parameters(), theirs.parameters(), tolerance=1e-5)
+        tolerance = 1e-5 if recipe.run.precision == "fp32" and device.type == "cpu" else 1e-2
+        check_equal("weights", ours.parameters(), theirs.parameters(), tolerance=tolerance)
     for batch in args.batches:
         times = time_interleaved(
             {"ours": partial(step, batch), "bare": partial(bare, batch)},
             repetitions=args.repetitions,
             warmups=1,
-            synchronize=comm.barrier,
+            synchronize=wait,
         )
         lines.result(
             case=f"global batch {batch}",
