@@ -4,6 +4,7 @@ The one place where epochs become samples and samples become updates.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -11,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.layout import make_layout
+from hvd_lbt.layout import Layout, make_layout
 from hvd_lbt.noise import exact_noise_scale, noise_scale
 from hvd_lbt.recipe import Recipe, ScheduleRecipe
 from hvd_lbt.schedule import Phase, phases
+from hvd_lbt.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,26 @@ def _stage(index: int, span: Phase, train_samples: int, extent: tuple[int, int, 
         noise_scale=noise_scale(*quantities),
         exact_noise_scale=exact_noise_scale(*quantities),
     )
+
+
+def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
+    """This rank's micro-batches of `update`."""
+    return make_layout(
+        update.global_batch,
+        rank=world.rank,
+        size=world.size,
+        micro_batch=recipe.layout.micro_batch,
+        ghost_batch=recipe.layout.ghost_batch,
+    )
+
+
+def micro_batch_ranges(
+    updates: list[Update], recipe: Recipe, world: World
+) -> Iterator[tuple[int, int]]:
+    """(first sample of the stream, count) of each micro-batch of this rank, update by update."""
+    for update in updates:
+        for micro_batch in layout_of(update, recipe, world).micro_batches:
+            yield update.samples_seen + micro_batch.start, len(micro_batch)
 
 
 def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from hvd_lbt import comm
@@ -19,12 +18,11 @@ from hvd_lbt.data.pipeline import Batch, train_batches
 from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import BadUpdatesError, UserError
 from hvd_lbt.evaluate import evaluate, local_device
-from hvd_lbt.layout import Layout, make_layout
+from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.metrics import RunLog
 from hvd_lbt.models import RunningStatistics, build_model
-from hvd_lbt.optim import FusedSGD
-from hvd_lbt.plan import Plan, Update, make_plan
-from hvd_lbt.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
+from hvd_lbt.plan import Plan, Update, layout_of, make_plan, micro_batch_ranges
+from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest
 from hvd_lbt.world import World
@@ -176,56 +174,6 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
 
     log.end("finished", plan.updates)
     return 0
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
-    """SGD with weight decay on matrices and convolutions; on norms and biases only if asked."""
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim > 1 or settings.decay_norm_and_bias]
-    others = [p for p in parameters if not (p.ndim > 1 or settings.decay_norm_and_bias)]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return FusedSGD(
-        [group for group in groups if group["params"]],
-        lr=update.lr,
-        momentum=update.momentum,
-        nesterov=settings.nesterov,
-    )
-
-
-def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: ScheduleRecipe) -> None:
-    """Give the optimizer this update's lr and momentum: the only place that does.
-
-    A changed momentum leaves the buffer g/(1−m_old) away from its new steady state g/(1−m_new);
-    `momentum_change: rescale` multiplies it there at once instead of waiting 1/(1−m_new) updates.
-    """
-    before = optimizer.param_groups[0]["momentum"]
-    if schedule.momentum_change == "rescale" and before != update.momentum:
-        optimizer.rescale_momentum((1 - before) / (1 - update.momentum))
-    for group in optimizer.param_groups:
-        group["lr"], group["momentum"] = update.lr, update.momentum
-
-
-def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
-    """This rank's micro-batches of `update`."""
-    return make_layout(
-        update.global_batch,
-        rank=world.rank,
-        size=world.size,
-        micro_batch=recipe.layout.micro_batch,
-        ghost_batch=recipe.layout.ghost_batch,
-    )
-
-
-def micro_batch_ranges(
-    updates: list[Update], recipe: Recipe, world: World
-) -> Iterator[tuple[int, int]]:
-    """(first sample of the stream, count) of each micro-batch of this rank, update by update."""
-    for update in updates:
-        for micro_batch in layout_of(update, recipe, world).micro_batches:
-            yield update.samples_seen + micro_batch.start, len(micro_batch)
 
 
 def timed_next(batches: Iterator[Batch]) -> tuple[Batch, float]:

@@ -15,7 +15,7 @@ MODULES = {
 LAYERS = [
     {"errors", "world", "noise", "layout", "data.order", "ops", "stop"},
     {"recipe", "schedule", "plan", "optim", "models"},
-    {"reducer", "data", "checkpoint", "metrics", "comm"},
+    {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm"},
     {"evaluate"},
     {"train", "report", "show_plan", "doctor", "bench"},
     {"cli"},

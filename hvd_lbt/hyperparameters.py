@@ -1,0 +1,37 @@
+"""From recipe and plan to the optimizer: which parameters decay, and each update's lr and momentum."""
+
+from torch import nn
+
+from hvd_lbt.optim import FusedSGD
+from hvd_lbt.plan import Update
+from hvd_lbt.recipe import OptimizerRecipe, ScheduleRecipe
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
+    """SGD with weight decay on matrices and convolutions; on norms and biases only if asked."""
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if p.ndim > 1 or settings.decay_norm_and_bias]
+    others = [p for p in parameters if not (p.ndim > 1 or settings.decay_norm_and_bias)]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return FusedSGD(
+        [group for group in groups if group["params"]],
+        lr=update.lr,
+        momentum=update.momentum,
+        nesterov=settings.nesterov,
+    )
+
+
+def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: ScheduleRecipe) -> None:
+    """Give the optimizer this update's lr and momentum: the only place that does.
+
+    A changed momentum leaves the buffer g/(1−m_old) away from its new steady state g/(1−m_new);
+    `momentum_change: rescale` multiplies it there at once instead of waiting 1/(1−m_new) updates.
+    """
+    before = optimizer.param_groups[0]["momentum"]
+    if schedule.momentum_change == "rescale" and before != update.momentum:
+        optimizer.rescale_momentum((1 - before) / (1 - update.momentum))
+    for group in optimizer.param_groups:
+        group["lr"], group["momentum"] = update.lr, update.momentum
