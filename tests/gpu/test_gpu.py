@@ -227,5 +227,5 @@ def test_a_run_on_the_gpu_learns(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    evaluations = [r for r in map(json.loads, lines) if r.get("event") == "evaluation"]
+    evaluations = [r for r in map(json.loads, lines) if r["event"] == "eval"]
     assert evaluations[-1]["top1"] > 0.9
