@@ -2,20 +2,28 @@
 
 Run it under a launcher: `launch/local 2 bench step`. ResNet-50's parameters; the backward is
 replaced by one that hands out gradients that are there already, so that what is timed is
-communication and update. The peer in the same run: Horovod's DistributedOptimizer with its fp16
-compression and torch's fused SGD.
+communication and update. The peers in the same run, both with torch's fused SGD: Horovod's
+DistributedOptimizer with its fp16 compression, and torch's DistributedDataParallel with its fp16
+hook on Gloo. `--hidden` times a real backward instead, and tells how much of the communication it
+hides.
 """
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from hvd_lbt import comm
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
+from hvd_lbt.evaluate import local_device
 from hvd_lbt.models import build_model
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.recipe import load_recipe
@@ -23,12 +31,17 @@ from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.world import World
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5}
+# fp16 has 11 bits; gradients are of order 0.01 and lr/(1-m) is 1
+TOLERANCE = 2 * 2.0**-11
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench step`."""
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4], metavar="N")
     parser.add_argument("--bucket-mb", type=float, default=25.0)
+    parser.add_argument("--hidden", action="store_true", help="what a real backward hides")
+    parser.add_argument("--pixels", type=int, default=64, help="with --hidden: image side [64]")
+    parser.add_argument("--images", type=int, default=2, help="with --hidden: on each rank [2]")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
 
@@ -46,43 +59,88 @@ class _Given(torch.autograd.Function):
         return None, *(gradient.clone() for gradient in ctx.gradients)
 
 
+class _GivenModel(nn.Module):
+    """A model whose output is the loss above: what DistributedDataParallel can wrap."""
+
+    def __init__(self, model: nn.Module, gradients: list[Tensor]) -> None:
+        super().__init__()
+        self.model, self.gradients = model, gradients
+
+    def forward(self) -> Tensor:
+        return _Given.apply(self.gradients, *self.model.parameters())
+
+
 def main(args: argparse.Namespace) -> int:
     """Check that all give the same weights, then time them side by side."""
     world = comm.init()
+    device = local_device(world)
     lines = Lines(
         "step",
         settings={
             "network": "resnet50",
             "world_size": world.size,
+            "device": device.type,
             "repetitions": args.repetitions,
             "bucket_mb": args.bucket_mb,
         },
         path=args.out,
         speaks=world.rank == 0,
     )
-    for accumulate in args.accumulate:
-        _measure(accumulate, args, world, lines)
+    if args.hidden:
+        _measure_hidden(args, world, device, lines)
+    else:
+        _join_process_group(world)
+        for accumulate in args.accumulate:
+            _measure(accumulate, args, world, device, lines)
+        distributed.destroy_process_group()
     comm.shutdown()
     return 0
 
 
-def _measure(accumulate: int, args: argparse.Namespace, world: World, lines: Lines) -> None:
-    hvd = comm.horovod()
+def _join_process_group(world: World) -> None:
+    """Let torch.distributed's Gloo find the same ranks, for DistributedDataParallel."""
+    host, port = "127.0.0.1", 0  # its peers are measured on one machine
+    store = None
+    if world.rank == 0:
+        store = distributed.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False)
+        port = store.port
+    port = comm.broadcast_object(port)
+    if store is None:
+        store = distributed.TCPStore(host, port, world.size, is_master=False)
+    distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+
+
+def _models(count: int, device: torch.device) -> list[nn.Module]:
+    """The same ResNet-50 so many times."""
     recipe = load_recipe("imagenet_resnet50")
     models = []
-    for _ in range(2):
+    for _ in range(count):
         torch.manual_seed(0)
-        models.append(build_model(recipe.model, 1000, recipe.layout.ghost_batch))
+        models.append(build_model(recipe.model, 1000, recipe.layout.ghost_batch).to(device))
+    return models
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        comm.barrier()
+
+    return wait
+
+
+def _measure(
+    accumulate: int, args: argparse.Namespace, world: World, device: torch.device, lines: Lines
+) -> None:
+    hvd = comm.horovod()
+    mine, horovods, ddps = _models(3, device)
     torch.manual_seed(world.rank)
     parts = world.size * accumulate
-    gradients = [torch.randn_like(p) / 100 / parts for p in models[0].parameters()]
+    gradients = [torch.randn_like(p) / 100 / parts for p in mine.parameters()]
 
-    def backward(model: nn.Module) -> Tensor:
-        return _Given.apply(gradients, *model.parameters())
-
-    optimizer = FusedSGD(models[0].parameters(), **SETTINGS)
+    optimizer = FusedSGD(mine.parameters(), **SETTINGS)
     reducer = GradientReducer(
-        models[0],
+        mine,
         optimizer,
         world=world,
         allreduce_async=comm.allreduce_async_,
@@ -93,46 +151,129 @@ def _measure(accumulate: int, args: argparse.Namespace, world: World, lines: Lin
 
     def ours() -> None:
         for index in range(accumulate):
-            reducer.backward(backward(models[0]), last=index == accumulate - 1)
+            loss = _Given.apply(gradients, *mine.parameters())
+            reducer.backward(loss, last=index == accumulate - 1)
         optimizer.step()
 
     peer = hvd.DistributedOptimizer(
-        torch.optim.SGD(models[1].parameters(), fused=True, **SETTINGS),
-        named_parameters=[(f"{accumulate}.{n}", p) for n, p in models[1].named_parameters()],
+        torch.optim.SGD(horovods.parameters(), fused=True, **SETTINGS),
+        named_parameters=[(f"{accumulate}.{n}", p) for n, p in horovods.named_parameters()],
         compression=hvd.Compression.fp16,
         op=hvd.Sum,
         backward_passes_per_step=accumulate,
     )
 
-    def theirs() -> None:
+    def horovod() -> None:
         for _ in range(accumulate):
-            backward(models[1]).backward()
+            _Given.apply(gradients, *horovods.parameters()).backward()
         peer.step()
         peer.zero_grad()
+
+    # It averages over the ranks: given so many times the gradient, the average is the sum.
+    wrapped = DistributedDataParallel(
+        _GivenModel(ddps, [world.size * gradient for gradient in gradients]),
+        bucket_cap_mb=args.bucket_mb,
+        gradient_as_bucket_view=True,
+    )
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    ddp_optimizer = torch.optim.SGD(ddps.parameters(), fused=True, **SETTINGS)
+
+    def ddp() -> None:
+        for index in range(accumulate):
+            with nullcontext() if index == accumulate - 1 else wrapped.no_sync():
+                wrapped().backward()
+        ddp_optimizer.step()
+        ddp_optimizer.zero_grad()
 
     def only_backward() -> None:
         for _ in range(accumulate):
             for gradient in gradients:
                 gradient.clone()
 
-    work: dict[str, Callable[[], object]] = {
-        "ours": ours,
-        "Horovod": theirs,
-        "backward": only_backward,
-    }
+    peers = {"hvd.DistributedOptimizer, fp16": horovod, "DistributedDataParallel, fp16, Gloo": ddp}
     for _ in range(2):
         ours()
-        theirs()
-    # fp16 has 11 bits; gradients are of order 0.01 and lr/(1-m) is 1
-    largest = check_equal(
-        "weights", models[0].parameters(), models[1].parameters(), tolerance=2 * 2.0**-11
+        horovod()
+        ddp()
+    differences = {
+        name: check_equal(name, mine.parameters(), model.parameters(), tolerance=TOLERANCE)
+        for name, model in zip(peers, (horovods, ddps), strict=True)
+    }
+    times = time_interleaved(
+        {"ours": ours, **peers, "backward": only_backward},
+        repetitions=args.repetitions,
+        synchronize=_synchronizer(device),
     )
-    times = time_interleaved(work, repetitions=args.repetitions, synchronize=comm.barrier)
     lines.result(
         case=f"communication and update, accumulation of {accumulate}",
-        largest_difference=largest,
+        largest_differences=differences,
         backward_ms=1e3 * times["backward"].median,
-        peer_ms=1e3 * times["Horovod"].median,
-        against={"hvd.DistributedOptimizer, fp16": speedup(times["ours"], times["Horovod"])},
+        peer_ms={name: 1e3 * times[name].median for name in peers},
+        against={name: speedup(times["ours"], times[name]) for name in peers},
         **times["ours"].summary(),
+    )
+
+
+def _measure_hidden(
+    args: argparse.Namespace, world: World, device: torch.device, lines: Lines
+) -> None:
+    """An update with a real backward: sent during it, sent after it, and not sent at all."""
+    ways: dict[str, dict[str, Any]] = {
+        "during": {"overlap": True},
+        "after": {"overlap": False},
+        # each rank by itself: all the work but the communication
+        "never": {
+            "world": World(),
+            "allreduce_async": lambda tensor, name: tensor,
+            "synchronize": lambda handle: handle,
+        },
+    }
+    models = dict(zip(ways, _models(len(ways), device), strict=True))
+    torch.manual_seed(world.rank)
+    images = torch.randn(args.images, 3, args.pixels, args.pixels, device=device)
+    labels = torch.randint(0, 1000, (args.images,), device=device)
+
+    def make(way: str) -> Callable[[], None]:
+        model = models[way]
+        # so small an lr that the ranks of "never" stay alike in what they compute
+        optimizer = FusedSGD(model.parameters(), lr=1e-6, momentum=0.9)
+        usual: dict[str, Any] = {
+            "world": world,
+            "allreduce_async": comm.allreduce_async_,
+            "synchronize": comm.synchronize,
+            "bucket_mb": args.bucket_mb,
+            "name": way,
+        }
+        reducer = GradientReducer(model, optimizer, **(usual | ways[way]))
+
+        def run() -> None:
+            loss = F.cross_entropy(model(images), labels, reduction="sum")
+            reducer.backward(loss / (len(images) * world.size), last=True)
+            optimizer.step()
+
+        return run
+
+    runs = {way: make(way) for way in ways}
+    for run in runs.values():
+        run()
+    difference = check_equal(
+        "sent during or after",
+        models["during"].parameters(),
+        models["after"].parameters(),
+        tolerance=TOLERANCE,
+    )
+    times = time_interleaved(runs, repetitions=args.repetitions, synchronize=_synchronizer(device))
+    # Paired by repetition, as the ratios are: the machine's slow drift drops out.
+    sides = [[1e3 * seconds for seconds in times[way].seconds] for way in ways]
+    communication = median(after - never for _, after, never in zip(*sides, strict=True))
+    hidden = median(after - during for during, after, _ in zip(*sides, strict=True))
+    lines.result(
+        case=f"hidden behind backward, {args.images} images of {args.pixels} pixels a rank",
+        largest_difference=difference,
+        ms_by_when_sent={way: 1e3 * times[way].median for way in ways},
+        communication_ms=communication,
+        # nothing to tell where the communication is less than the machine's noise
+        hidden_share=hidden / communication if communication > 0 else None,
+        against={"sent after": speedup(times["during"], times["after"])},
+        repetitions=args.repetitions,
     )

@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
             loss = F.cross_entropy(logits.float(), labels[:count], reduction="sum")
             (loss / mine).backward()
         peer.step()
-        peer.zero_grad(set_to_none=False)
+        peer.zero_grad()
 
     def wait() -> None:
         if device.type == "cuda":
