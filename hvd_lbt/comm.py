@@ -80,11 +80,16 @@ def allreduce_(tensor: Tensor, name: str) -> Tensor:
 def broadcast_(tensors: Mapping[str, Tensor], root: int = 0) -> None:
     """Give every rank `root`'s values of these tensors, in place."""
     handles = [
-        hvd.broadcast_async_(tensor, root, name=f"broadcast.{name}")
+        hvd.broadcast_async_(_as_it_lies(tensor), root, name=f"broadcast.{name}")
         for name, tensor in tensors.items()
     ]
     for handle in handles:
         hvd.synchronize(handle)
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """A dense tensor's memory in its own order: Horovod refuses what is not contiguous (channels_last)."""
+    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def broadcast_object(value: Any, root: int = 0) -> Any:

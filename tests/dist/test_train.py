@@ -128,6 +128,13 @@ def test_more_ranks_than_ghost_batches(ranks, tmp_path):
     assert difference(tmp_path / "1", tmp_path / "2") < ROUNDING
 
 
+def test_channels_last_is_only_another_order_of_memory(ranks, tmp_path):
+    settings = (*EXACT, "schedule.milestones=[]", "schedule.epochs=0.1")
+    ranks(2, *train(*settings, "run.channels_last=true", out=tmp_path / "last", smooth=True))
+    ranks(1, *train(*settings, out=tmp_path / "first", smooth=True))
+    assert difference(tmp_path / "last", tmp_path / "first") < ROUNDING
+
+
 def broken_copy(digits: Path, target: Path) -> Path:
     """The digits with one training image cut off; returns that image."""
     shutil.copytree(digits, target)
