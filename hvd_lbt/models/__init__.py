@@ -7,6 +7,7 @@ from torch import nn
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics
+from hvd_lbt.models.inception_resnet import InceptionResNetV2
 from hvd_lbt.models.resnet import DEPTHS, ResNet
 from hvd_lbt.models.wide_resnet import WideResNet
 from hvd_lbt.recipe import ModelRecipe
@@ -36,8 +37,11 @@ def build_model(settings: ModelRecipe, classes: int, ghost_batch: int) -> nn.Mod
         )
     if (match := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name)) and int(match[1]) % 6 == 4:
         return WideResNet(int(match[1]), int(match[2]), outputs, norm=norm)
+    if name == "inception_resnet_v2":
+        return InceptionResNetV2(outputs, norm=partial(norm, eps=1e-3))
     raise UserError(
         f"model.name: {settings.name!r} cannot be built. Allowed: "
         + ", ".join(f"resnet{depth}" for depth in DEPTHS)
-        + ", wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as wide_resnet16_4."
+        + ", inception_resnet_v2, wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
+        "wide_resnet16_4."
     )

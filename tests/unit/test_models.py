@@ -36,6 +36,42 @@ def test_resnet50_has_torchvisions_names():
     assert {"layer4.2.conv3.weight", "layer4.2.bn3.num_batches_tracked", "fc.bias"} <= names
 
 
+def test_inception_resnet_v2_is_timms():
+    """Names, shapes and size as timm's inception_resnet_v2 publishes them: 55.84 M for 1,000 classes."""
+    model = build_model(settings("inception_resnet_v2"), 1000, ghost_batch=2)
+    assert sum(p.numel() for p in model.parameters()) == 55_843_464
+    tensors = model.state_dict()
+    assert len(tensors) == 1306
+    shapes = {
+        "conv2d_1a.conv.weight": (32, 3, 3, 3),
+        "mixed_5b.branch3.1.conv.weight": (64, 192, 1, 1),
+        "repeat.9.branch2.2.bn.running_var": (64,),
+        "mixed_6a.branch0.conv.weight": (384, 320, 3, 3),
+        "repeat_1.19.branch1.1.conv.weight": (160, 128, 1, 7),
+        "repeat_1.0.conv2d.bias": (1088,),
+        "mixed_7a.branch2.2.conv.weight": (320, 288, 3, 3),
+        "repeat_2.8.branch1.2.conv.weight": (256, 224, 3, 1),
+        "block8.conv2d.weight": (2080, 448, 1, 1),
+        "conv2d_7b.bn.num_batches_tracked": (),
+        "classif.weight": (1000, 1536),
+    }
+    assert {name: tuple(tensors[name].shape) for name in shapes} == shapes
+    norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm2d)]
+    assert {norm.eps for norm in norms} == {1e-3}
+
+
+def test_inception_resnet_v2_reaches_every_parameter():
+    torch.manual_seed(0)
+    model = build_model(settings("inception_resnet_v2"), 10, ghost_batch=2)
+    statistics = RunningStatistics(model)
+    logits = model(torch.randn(2, 3, 96, 96))
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    statistics.fold(global_batch=2)
+    assert model.eval()(torch.randn(1, 3, 75, 75)).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["resnet19", "wide_resnet17_4", "vgg16"])
 def test_unknown_network_is_named(name):
     with pytest.raises(UserError, match=f"model.name: '{name}'"):
