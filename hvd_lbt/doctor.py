@@ -65,7 +65,7 @@ def horovod() -> Finding:
     missing = sorted(name for name in needed if not built[name])
     version = importlib.import_module("horovod").__version__
     seen = f"{version} with " + ", ".join(name for name, there in built.items() if there)
-    cuda = "HVD_LBT_CUDA=1 " if "NCCL" in missing else ""
+    cuda = "set HVD_LBT_CUDA=1 and " if "NCCL" in missing else ""
     mend = f"built without {' and '.join(missing)}: {cuda}{SETUP}" if missing else ""
     return Finding(part="Horovod", seen=seen, mend=mend)
 
@@ -94,9 +94,15 @@ def dali() -> Finding:
 
 
 def extension() -> Finding:
-    """The compiled operators."""
+    """The compiled operators, and their CUDA kernels where torch sees a GPU."""
     ops = importlib.import_module("hvd_lbt.ops")
-    return Finding(part="extension", seen=f"CPU kernels for {ops.cpu_isa()}")
+    cuda = ops.has_kernels("CUDA")
+    missing = importlib.import_module("torch").cuda.is_available() and not cuda
+    return Finding(
+        part="extension",
+        seen=f"CPU kernels for {ops.cpu_isa()}, {'CUDA kernels' if cuda else 'no CUDA kernels'}",
+        mend=f"set HVD_LBT_CUDA=1 and {SETUP}" if missing else "",
+    )
 
 
 def threads() -> Finding:

@@ -36,14 +36,20 @@ def require() -> None:
         )
 
 
+def has_kernels(key: str) -> bool:
+    """Whether the extension was built with kernels for "CPU", "CUDA", …"""
+    require()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("hvd_lbt::fused_sgd_", key)
+
+
 def require_on(device: torch.device) -> None:
     """Raise `UserError` unless the extension has kernels for this kind of device."""
-    require()
     key = device.type.upper()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("hvd_lbt::fused_sgd_", key):
+    if not has_kernels(key):
         raise UserError(
-            f"the extension hvd_lbt._C has no {key} kernels, and this process sees a GPU. Hide it "
-            "(CUDA_VISIBLE_DEVICES=) to train on the CPU."
+            f"the extension hvd_lbt._C has no {key} kernels, and this process sees such a device. Build "
+            "them (HVD_LBT_CUDA=1 launch/setup), or hide the GPU (CUDA_VISIBLE_DEVICES=) to train "
+            "on the CPU."
         )
 
 
