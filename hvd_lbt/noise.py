@@ -20,6 +20,6 @@ def exact_noise_scale(lr: float, momentum: float, train_samples: int, global_bat
 
 def batch_of_equal_noise(
     global_batch: int, *, lr: float, momentum: float, new_lr: float, new_momentum: float
-) -> int:
-    """B' = B · (ε'/ε) · (1−m)/(1−m'), to the nearest sample: g stays when ε and m are changed."""
-    return round(global_batch * (new_lr / lr) * (1 - momentum) / (1 - new_momentum))
+) -> float:
+    """B' = B · (ε'/ε) · (1−m)/(1−m'), not yet rounded: g stays when ε and m are changed."""
+    return global_batch * (new_lr / lr) * (1 - momentum) / (1 - new_momentum)

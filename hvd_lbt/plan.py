@@ -6,6 +6,7 @@ The one place where epochs become samples and samples become updates.
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,16 +16,17 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.layout import Layout, make_layout
 from hvd_lbt.noise import exact_noise_scale, noise_scale
 from hvd_lbt.recipe import Recipe, ScheduleRecipe
-from hvd_lbt.schedule import Phase, phases
+from hvd_lbt.schedule import Phase, Shape, lr_share, phases
 from hvd_lbt.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A span with one global batch, lr and momentum.
+    """A span with one global batch and momentum; the lr is constant or follows a shape.
 
     first_sample: samples seen before it; samples: seen in it. Updates are of `global_batch`
-    samples, except the last of the run, which takes what is left.
+    samples, except the last of the run, which takes what is left. lr and the noise scales are those
+    of its first update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's.
     """
 
     index: int
@@ -37,13 +39,20 @@ class Stage:
     momentum: float
     noise_scale: float
     exact_noise_scale: float
+    last_lr: float
+    last_noise_scale: float
+    shape: Shape
+    ghost_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """One optimizer step, counted from 0.
 
-    epoch, samples_seen: before this update; global_batch: the samples of this very update.
+    epoch, samples_seen: before this update; global_batch: the samples of this very update. settled:
+    the share of its steady state that a momentum buffer, zero at first, reaches with this update
+    where gradients do not change: 1 − m^(index+1), with momenta that change 1 − the product of all
+    updates' momenta. ghost_batch: None is the layout's.
     """
 
     index: int
@@ -54,12 +63,15 @@ class Update:
     lr: float
     momentum: float
     noise_scale: float
+    settled: float
+    ghost_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All updates of a run, as stages in order."""
 
+    schedule: ScheduleRecipe
     train_samples: int
     stages: tuple[Stage, ...]
 
@@ -82,15 +94,24 @@ class Plan:
         before = (update - stage.first_update) * stage.global_batch
         seen = stage.first_sample + before
         global_batch = min(stage.global_batch, stage.samples - before)
+        epoch, first_epoch = (
+            samples / self.train_samples for samples in (seen, stage.first_sample)
+        )
+        shares = [lr_share(self.schedule, stage.shape, at) for at in (epoch, first_epoch)]
+        lr = stage.lr * (shares[0] / shares[1])
+        unsettled = prod(other.momentum**other.updates for other in self.stages[: place - 1])
+        unsettled *= stage.momentum ** (update - stage.first_update + 1)
         return Update(
             index=update,
             stage=stage.index,
-            epoch=seen / self.train_samples,
+            epoch=epoch,
             samples_seen=seen,
             global_batch=global_batch,
-            lr=stage.lr,
+            lr=lr,
             momentum=stage.momentum,
-            noise_scale=noise_scale(stage.lr, stage.momentum, self.train_samples, global_batch),
+            noise_scale=noise_scale(lr, stage.momentum, self.train_samples, global_batch),
+            settled=1 - unsettled,
+            ghost_batch=stage.ghost_batch,
         )
 
 
@@ -120,16 +141,28 @@ def make_plan(schedule: ScheduleRecipe, train_samples: int) -> Plan:
         if end == total and left:
             updates, samples = updates + 1, end - seen
         if updates > 0:
-            stages.append(_stage(len(stages), span, train_samples, (done, updates, seen, samples)))
+            extent = (done, updates, seen, samples)
+            stages.append(_stage(schedule, len(stages), span, train_samples, extent))
             seen, done = seen + samples, done + updates
-    plan = Plan(train_samples=train_samples, stages=tuple(stages))
+    plan = Plan(schedule=schedule, train_samples=train_samples, stages=tuple(stages))
     assert plan.samples == total, (plan, total)
     return plan
 
 
-def _stage(index: int, span: Phase, train_samples: int, extent: tuple[int, int, int, int]) -> Stage:
+def _stage(
+    schedule: ScheduleRecipe,
+    index: int,
+    span: Phase,
+    train_samples: int,
+    extent: tuple[int, int, int, int],
+) -> Stage:
     first_update, updates, first_sample, samples = extent
-    quantities = (span.lr, span.momentum, train_samples, span.global_batch)
+    last_sample = first_sample + (updates - 1) * span.global_batch
+    first_lr, last_lr = (
+        span.lr * lr_share(schedule, span.shape, seen / train_samples)
+        for seen in (first_sample, last_sample)
+    )
+    others = (span.momentum, train_samples, span.global_batch)
     return Stage(
         index=index,
         first_update=first_update,
@@ -137,11 +170,20 @@ def _stage(index: int, span: Phase, train_samples: int, extent: tuple[int, int, 
         first_sample=first_sample,
         samples=samples,
         global_batch=span.global_batch,
-        lr=span.lr,
+        lr=first_lr,
         momentum=span.momentum,
-        noise_scale=noise_scale(*quantities),
-        exact_noise_scale=exact_noise_scale(*quantities),
+        noise_scale=noise_scale(first_lr, *others),
+        exact_noise_scale=exact_noise_scale(first_lr, *others),
+        last_lr=last_lr,
+        last_noise_scale=noise_scale(last_lr, *others),
+        shape=span.shape,
+        ghost_batch=span.ghost_batch,
     )
+
+
+def ghost_batch_of(update: Update, recipe: Recipe) -> int:
+    """Samples that share batch-norm statistics in `update`."""
+    return update.ghost_batch or recipe.layout.ghost_batch
 
 
 def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
@@ -151,7 +193,7 @@ def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
         rank=world.rank,
         size=world.size,
         micro_batch=recipe.layout.micro_batch,
-        ghost_batch=recipe.layout.ghost_batch,
+        ghost_batch=ghost_batch_of(update, recipe),
     )
 
 
@@ -184,16 +226,17 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
         table.add_column(heading, justify="right")
     notes = []
     for stage in plan.stages:
-        shares, idle = _shares(recipe, stage.global_batch, workers)
+        ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
+        shares, idle = _shares(recipe, stage.global_batch, ghost_batch, workers)
         ends = (stage.first_sample, stage.first_sample + stage.samples)
         table.add_row(
             str(stage.index + 1),
             "–".join(f"{round(end / plan.train_samples, 2):g}" for end in ends),
             f"{stage.global_batch:,}",
             shares,
-            f"{stage.lr:.4g}",
+            span_of(stage.lr, stage.last_lr),
             f"{stage.momentum:g}",
-            f"{stage.noise_scale:,.4g}",
+            span_of(stage.noise_scale, stage.last_noise_scale),
             f"{stage.exact_noise_scale:,.4g}",
             f"{stage.updates:,}",
         )
@@ -201,22 +244,30 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
             notes.append(
                 f"Warning: in stage {stage.index + 1} {idle} of {workers} workers have no samples: "
                 f"{stage.global_batch:,} samples are only {workers - idle} ghost batches of "
-                f"{recipe.layout.ghost_batch}."
+                f"{ghost_batch}."
             )
     last = plan.at(plan.updates - 1).global_batch
     if last < plan.stages[-1].global_batch:
         notes.append(f"The last update takes the {last:,} samples that are left.")
-    missing = len(recipe.schedule.milestones) + 1 - len(plan.stages)
+    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
+    if len(set(ghosts)) > 1:
+        notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
+    missing = len(phases(recipe.schedule)) - len(plan.stages)
     if missing:
         notes.append(f"Warning: {missing} stages are shorter than one update and left out.")
     return Group(table, *(Text(note) for note in notes))
 
 
-def _shares(recipe: Recipe, global_batch: int, workers: int) -> tuple[str, int]:
+def span_of(first: float, last: float) -> str:
+    """What a stage begins and ends with, such as `0.1–3.2`; one number if they read the same."""
+    return "–".join(dict.fromkeys(f"{value:,.4g}" for value in (first, last)))
+
+
+def _shares(recipe: Recipe, global_batch: int, ghost_batch: int, workers: int) -> tuple[str, int]:
     """Micro-batches of one update on each worker, such as `2 × 64`, and how many have none."""
+    settings = {"micro_batch": recipe.layout.micro_batch, "ghost_batch": ghost_batch}
     layouts = [
-        make_layout(global_batch, rank=rank, size=workers, **recipe.layout.model_dump())
-        for rank in range(workers)
+        make_layout(global_batch, rank=rank, size=workers, **settings) for rank in range(workers)
     ]
     counts = sorted({len(layout.micro_batches) for layout in layouts})
     largest = max(len(part) for layout in layouts for part in layout.micro_batches)

@@ -118,6 +118,27 @@ class Milestone(_Section):
     factor: Annotated[float, Field(gt=1)]
     momentum: Momentum | None = None
     """The momentum from here on; batch or lr pay for it, so that the noise scale is as planned."""
+    ghost_batch: Count | None = None
+    """The ghost batch from here on; None: as before."""
+
+
+class WarmUp(_Section):
+    """The lr rises linearly over the first epochs, then is schedule.lr (Goyal et al. 2017, 2.2)."""
+
+    epochs: Positive
+    first_lr: Positive
+    """Of the first update; Goyal et al.: that of one worker, 0.1."""
+
+
+class Cosine(_Section):
+    """The noise scale falls as (1 + cos πt)/2, t from 0 (after the warm-up) to 1 (the end).
+
+    With policy decay_lr the lr pays, as is common; with grow_batch the batch rises in steps, and
+    within a step the lr follows, so that each update has exactly the noise scale of the curve.
+    """
+
+    batch_factor: Annotated[float, Field(gt=1)] | None = None
+    """grow_batch only: by how much the batch rises at each step [2]."""
 
 
 class Raised(_Section):
@@ -137,11 +158,18 @@ class ScheduleRecipe(_Section):
     global_batch: Count
     max_global_batch: Count = 65_536
     milestones: tuple[Milestone, ...] = ()
+    cosine: Cosine | None = None
+    """Instead of milestones."""
     raised: Raised | None = None
+    warm_up: WarmUp | None = None
+    batch_multiple: Count = 1
+    """Each global batch is the nearest multiple of this; the lr makes up for the rounding."""
     batch_milestones: Count | None = None
     """hybrid only: so many first milestones are paid by the batch [1], the rest by the lr."""
     momentum_change: Literal["keep", "rescale"] = "keep"
     """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
+    momentum_start: Literal["zero", "corrected"] = "zero"
+    """corrected: the first updates are as long as if the buffer, which is zero, had settled."""
 
     @property
     def first_lr(self) -> float:
@@ -157,6 +185,11 @@ class ScheduleRecipe(_Section):
     @property
     def first_global_batch(self) -> int:
         """The global batch the run starts with: g is that of lr, momentum and global_batch."""
+        return self.rounded(self.wanted_global_batch)
+
+    @property
+    def wanted_global_batch(self) -> float:
+        """The same before it is rounded."""
         return batch_of_equal_noise(
             self.global_batch,
             lr=self.lr,
@@ -164,6 +197,12 @@ class ScheduleRecipe(_Section):
             new_lr=self.first_lr,
             new_momentum=self.first_momentum,
         )
+
+    def rounded(self, global_batch: float) -> int:
+        """The nearest multiple of batch_multiple, at least one, at most max_global_batch."""
+        largest = self.max_global_batch // self.batch_multiple
+        nearest = max(1, round(global_batch / self.batch_multiple))
+        return self.batch_multiple * min(nearest, largest)
 
     @model_validator(mode="after")
     def _in_order(self) -> "ScheduleRecipe":
@@ -187,11 +226,68 @@ class ScheduleRecipe(_Section):
                 f"schedule.global_batch: {self.global_batch} is more than "
                 f"schedule.max_global_batch = {self.max_global_batch}; it must not be."
             )
-        if not 1 <= self.first_global_batch <= self.max_global_batch:
+        if self.global_batch % self.batch_multiple:
+            raise ValueError(
+                f"schedule.batch_multiple: {self.batch_multiple} does not divide "
+                f"schedule.global_batch = {self.global_batch}; it must."
+            )
+        wanted = round(self.wanted_global_batch)
+        if not self.batch_multiple <= wanted <= self.max_global_batch:
             raise ValueError(
                 f"schedule.raised: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
-                f"the noise scale is kept by a first global batch of {self.first_global_batch}; it "
-                f"must be from 1 to schedule.max_global_batch = {self.max_global_batch}."
+                f"the noise scale is kept by a first global batch of {wanted}; it must be from "
+                f"{self.batch_multiple} to schedule.max_global_batch = {self.max_global_batch}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_rises_and_ends(self) -> "ScheduleRecipe":
+        if self.warm_up is None:
+            return self
+        if self.warm_up.first_lr >= self.first_lr:
+            raise ValueError(
+                f"schedule.warm_up.first_lr: {self.warm_up.first_lr:g} must be smaller than the lr "
+                f"that it rises to, {self.first_lr:g}."
+            )
+        end = self.milestones[0].epoch if self.milestones else self.epochs
+        if self.warm_up.epochs >= end:
+            raise ValueError(
+                f"schedule.warm_up.epochs: {self.warm_up.epochs:g} must be fewer than "
+                + (
+                    f"the epoch of the first of schedule.milestones, {end:g}."
+                    if self.milestones
+                    else f"schedule.epochs = {end:g}."
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_fall(self) -> "ScheduleRecipe":
+        if self.cosine is None:
+            return self
+        if self.milestones:
+            raise ValueError(
+                "schedule.cosine: the noise scale falls along the curve or at "
+                "schedule.milestones; leave out one of the two."
+            )
+        if self.policy == "hybrid":
+            raise ValueError(
+                "schedule.policy: 'hybrid' shares milestones out, and schedule.cosine has none; it "
+                "must be decay_lr or grow_batch."
+            )
+        if self.policy == "decay_lr" and self.cosine.batch_factor is not None:
+            raise ValueError(
+                f"schedule.cosine.batch_factor: {self.cosine.batch_factor:g} has no effect with "
+                "policy decay_lr; leave it out, or set schedule.policy to grow_batch."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction_has_an_effect(self) -> "ScheduleRecipe":
+        if self.momentum_start == "corrected" and self.first_momentum == 0:
+            raise ValueError(
+                "schedule.momentum_start: 'corrected' has no effect with schedule.momentum = 0; "
+                "leave it out."
             )
         return self
 
@@ -283,6 +379,16 @@ class Recipe(_Section):
     layout: LayoutRecipe
     wire: WireRecipe = WireRecipe()
     run: RunRecipe = RunRecipe()
+
+    @model_validator(mode="after")
+    def _whole_ghost_batches_in_all_stages(self) -> "Recipe":
+        for place, milestone in enumerate(self.schedule.milestones):
+            if milestone.ghost_batch and self.layout.micro_batch % milestone.ghost_batch:
+                raise ValueError(
+                    f"schedule.milestones[{place}].ghost_batch: {milestone.ghost_batch} does not "
+                    f"divide layout.micro_batch = {self.layout.micro_batch}; it must."
+                )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings; Recipe.model_validate reads them back."""
@@ -418,19 +524,19 @@ def _set(settings: dict[str, Any], override: str) -> None:
 
 def _reason(details: Any) -> str:
     """One sentence for one of pydantic's errors: section.key, the value, what is allowed."""
-    *parents, last = location = details["loc"]
+    location = details["loc"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
-        allowed = _keys_at(parents)
-        hint = _did_you_mean(str(last), allowed)
+        allowed = _keys_at(location[:-1])
+        hint = _did_you_mean(str(location[-1]), allowed)
         return f"{where}: there is no such key.{hint} Allowed: {', '.join(allowed)}."
     if kind == "missing":
         return f"{where}: it is missing and must be given."
     if kind == "value_error":
         message = str(details["ctx"]["error"])
         # a section's own check names its keys itself
-        checks_section = isinstance(value, Mapping) or len(location) == 1
+        checks_section = isinstance(value, Mapping) or len(location) <= 1
         return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: {_shown(value)} is no section; allowed keys: {', '.join(_keys_at(location))}."

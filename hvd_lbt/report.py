@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.plan import span_of
 
 Floats = NDArray[np.float64]
 
@@ -722,9 +723,9 @@ def _stage_rows(group: Group) -> Rows:
                 str(stage["index"] + 1),
                 "–".join(f"{round(end / plan['train_samples'], 2):g}" for end in ends),
                 f"{stage['global_batch']:,}",
-                f"{stage['lr']:.4g}",
+                span_of(stage["lr"], stage.get("last_lr", stage["lr"])),
                 f"{stage['momentum']:g}",
-                f"{stage['noise_scale']:,.4g}",
+                span_of(stage["noise_scale"], stage.get("last_noise_scale", stage["noise_scale"])),
                 f"{stage['exact_noise_scale']:,.4g}",
                 f"{stage['samples']:,}",
                 f"{stage['updates']:,}",

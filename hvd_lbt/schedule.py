@@ -1,31 +1,83 @@
 """Who pays when the noise scale falls: the learning rate or the batch (pure)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from math import prod
+from itertools import count, pairwise
+from math import acos, cos, pi, prod
+from typing import Literal
 
 from hvd_lbt.recipe import ScheduleRecipe
+
+Shape = Literal["constant", "warm_up", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What the optimizer is given from `epoch` on, until the next phase."""
+    """What the optimizer is given from `epoch` on, until the next phase.
+
+    lr: what `shape` scales, see `lr_share`; ghost_batch: None is the layout's.
+    """
 
     epoch: float
     global_batch: int
     lr: float
     momentum: float
+    shape: Shape = "constant"
+    ghost_batch: int | None = None
 
 
 def phases(schedule: ScheduleRecipe) -> tuple[Phase, ...]:
+    """One phase for the warm-up, one for what follows it, one for each fall of the noise scale."""
+    falls = _cosine(schedule) if schedule.cosine else _milestones(schedule)
+    if schedule.warm_up is None:
+        return tuple(falls)
+    first, *later = falls
+    # Both have the same batch, momentum and lr: only the shape says that this one rises.
+    rise = Phase(
+        epoch=0.0,
+        global_batch=first.global_batch,
+        lr=first.lr,
+        momentum=first.momentum,
+        shape="warm_up",
+    )
+    rest = Phase(
+        epoch=schedule.warm_up.epochs,
+        global_batch=first.global_batch,
+        lr=first.lr,
+        momentum=first.momentum,
+        shape=first.shape,
+    )
+    return (rise, rest, *later)
+
+
+def lr_share(schedule: ScheduleRecipe, shape: Shape, epoch: float) -> float:
+    """The lr of an update that begins at `epoch`, as a share of its phase's lr.
+
+    warm_up: s + (1−s)·epoch/W for first_lr = s·lr and W epochs (Goyal et al. 2017, 2.2); cosine:
+    (1 + cos πt)/2 with t = (epoch−W)/(E−W), E epochs in all (Loshchilov & Hutter 2017).
+    """
+    if shape == "warm_up":
+        assert schedule.warm_up is not None
+        first = schedule.warm_up.first_lr / schedule.first_lr
+        return first + (1 - first) * epoch / schedule.warm_up.epochs
+    if shape == "cosine":
+        begin = _cosine_begin(schedule)
+        # An update may begin just before the epoch at which the warm-up is to end.
+        passed = max(0.0, epoch - begin) / (schedule.epochs - begin)
+        return (1 + cos(pi * passed)) / 2
+    return 1.0
+
+
+def _milestones(schedule: ScheduleRecipe) -> Iterator[Phase]:
     """One phase for the start and one for each milestone.
 
     At milestone k the noise scale g ∝ ε/(B(1−m)) falls by its factor, and the momentum may change
     from m' to m; so ε/B falls by f_k = factor·(1−m')/(1−m). After k milestones the batch has been
     asked to grow by P, the product of those f that the policy gives to the batch: none (decay_lr),
-    the first `batch_milestones` (hybrid), all (grow_batch). It grows by G = min(P,
-    max_global_batch/B_0), to the nearest sample, and the learning rate pays the rest:
-    ε = ε_0·G/(f_1·…·f_k). All factors are cumulative, so rounding does not add up.
+    the first `batch_milestones` (hybrid), all (grow_batch). The batch is B = P·B_0, rounded to a
+    multiple and at most max_global_batch, and the learning rate pays the rest, so that g is met
+    exactly: ε = ε_0·(B/B_0)/(f_1·…·f_k). B_0 is the batch of the first noise scale, not rounded,
+    and all factors are cumulative, so rounding does not add up.
     """
     milestones = schedule.milestones
     paid_by_batch = {
@@ -40,17 +92,52 @@ def phases(schedule: ScheduleRecipe) -> tuple[Phase, ...]:
         milestone.factor * (1 - before) / (1 - after)
         for milestone, (before, after) in zip(milestones, pairwise(momenta), strict=True)
     ]
-    first_batch = schedule.first_global_batch
-
-    def phase(passed: int) -> Phase:
+    first_batch = schedule.wanted_global_batch
+    ghost_batch = None
+    for passed in range(len(milestones) + 1):
         fall = prod(factors[:passed])
-        wanted = prod(factors[: min(passed, paid_by_batch)])
-        growth = min(wanted, schedule.max_global_batch / first_batch)
-        return Phase(
+        growth = prod(factors[: min(passed, paid_by_batch)])
+        global_batch = schedule.rounded(first_batch * growth)
+        if passed:
+            ghost_batch = milestones[passed - 1].ghost_batch or ghost_batch
+        yield Phase(
             epoch=milestones[passed - 1].epoch if passed else 0.0,
-            global_batch=max(1, round(first_batch * growth)),
-            lr=schedule.first_lr * (growth / fall),
+            global_batch=global_batch,
+            lr=schedule.first_lr * (global_batch / first_batch) / fall,
             momentum=momenta[passed],
+            ghost_batch=ghost_batch,
         )
 
-    return tuple(phase(passed) for passed in range(len(milestones) + 1))
+
+def _cosine(schedule: ScheduleRecipe) -> Iterator[Phase]:
+    """One phase, or with grow_batch one for each rise of the batch.
+
+    The batch is B_k = min(factor^k·B_0, max_global_batch) from where the curve has fallen to B_0/B_k
+    on: with lr = ε_0·(B_k/B_0)·curve each update has g = g_0·curve, and the lr is never above ε_0
+    (but for rounding).
+    """
+    assert schedule.cosine is not None
+    first_batch = schedule.wanted_global_batch
+    factor = schedule.cosine.batch_factor or 2.0
+    largest = schedule.rounded(schedule.max_global_batch)
+    begin = _cosine_begin(schedule)
+    before = 0
+    for rise in count():
+        wanted = min(first_batch * factor**rise, float(largest))
+        global_batch = schedule.rounded(wanted)
+        if global_batch > before:
+            share = first_batch / wanted
+            yield Phase(
+                epoch=begin + (schedule.epochs - begin) * acos(2 * share - 1) / pi if rise else 0.0,
+                global_batch=global_batch,
+                lr=schedule.first_lr * (global_batch / first_batch),
+                momentum=schedule.first_momentum,
+                shape="cosine",
+            )
+        if schedule.policy == "decay_lr" or wanted == largest:
+            return
+        before = max(before, global_batch)
+
+
+def _cosine_begin(schedule: ScheduleRecipe) -> float:
+    return schedule.warm_up.epochs if schedule.warm_up else 0.0

@@ -21,7 +21,7 @@ from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.metrics import RunLog
 from hvd_lbt.models import RunningStatistics, build_model
-from hvd_lbt.plan import Plan, Update, layout_of, make_plan, micro_batch_ranges
+from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest
@@ -120,6 +120,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
 
     for update in updates:
         set_hyperparameters(optimizer, update, recipe.schedule)
+        statistics.use_ghost_batch(ghost_batch_of(update, recipe))
         stop.ask()
         sums.zero_()
         data_wait = 0.0

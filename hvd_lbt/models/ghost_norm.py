@@ -73,6 +73,11 @@ class RunningStatistics:
         for norm, view in zip(self.norms, views, strict=True):
             norm.collected = view.view(2, -1)
 
+    def use_ghost_batch(self, ghost_batch: int) -> None:
+        """From now on so many samples share statistics."""
+        for norm in self.norms:
+            norm.ghost_batch = ghost_batch
+
     def fold(self, global_batch: int) -> None:
         """Average the world's collected statistics into the running ones and begin a new update.
 

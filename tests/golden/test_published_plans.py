@@ -63,11 +63,34 @@ STAGES = {
         (1_758, 391, 76_808_192, 25_624_576, 65_536, 0.06),
         (2_149, 197, 102_432_768, 12_872_262, 65_536, 0.006),
     ],
+    "cifar10_cosine_grow_batch": [
+        (0, 39_062, 0, 4_999_936, 128, 0.1),
+        (39_062, 6_510, 4_999_936, 1_666_560, 256, 0.100002010619),
+        (45_572, 2_017, 6_666_496, 1_032_704, 512, 0.100009286796),
+        (47_589, 675, 7_699_200, 691_200, 1_024, 0.100022063943),
+        (48_264, 233, 8_390_400, 477_184, 2_048, 0.100120190375),
+        (48_497, 29, 8_867_584, 118_784, 4_096, 0.100188151813),
+        (48_526, 198, 8_986_368, 1_013_632, 5_120, 0.100551206623),
+    ],
     "imagenet_resnet50": [
-        (0, 4_691, 0, 38_428_672, 8_192, 3.2),
+        (0, 781, 0, 6_397_952, 8_192, 0.1),
+        (781, 3_910, 6_397_952, 32_030_720, 8_192, 3.2),
         (4_691, 2_346, 38_428_672, 38_436_864, 16_384, 0.64),
         (7_037, 1_564, 76_865_536, 25_624_576, 16_384, 0.064),
         (8_601, 783, 102_490_112, 12_814_918, 16_384, 0.0064),
+    ],
+    "imagenet_resnet50_decay_lr": [
+        (0, 781, 0, 6_397_952, 8_192, 0.1),
+        (781, 3_910, 6_397_952, 32_030_720, 8_192, 3.2),
+        (4_691, 4_692, 38_428_672, 38_436_864, 8_192, 0.32),
+        (9_383, 3_128, 76_865_536, 25_624_576, 8_192, 0.032),
+        (12_511, 1_565, 102_490_112, 12_814_918, 8_192, 0.0032),
+    ],
+    "imagenet_resnet50_m095": [
+        (0, 2_345, 0, 38_420_480, 16_384, 3.2),
+        (2_345, 586, 38_420_480, 38_404_096, 65_536, 1.28),
+        (2_931, 391, 76_824_576, 25_624_576, 65_536, 0.128),
+        (3_322, 197, 102_449_152, 12_855_878, 65_536, 0.0128),
     ],
 }
 # g at the start, and the factor by which each stage lowers it
@@ -90,7 +113,8 @@ def test_stage_tables(name, stages):
     assert [
         (s.first_update, s.updates, s.first_sample, s.samples, s.global_batch) for s in found
     ] == [row[:5] for row in stages]
-    assert [s.lr for s in found] == pytest.approx([row[5] for row in stages], rel=1e-12)
+    # the literals of the cosine have 12 digits
+    assert [s.lr for s in found] == pytest.approx([row[5] for row in stages], rel=1e-11)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_UPDATES)
@@ -105,6 +129,17 @@ def test_exact_noise_is_reported_beside_the_approximation():
     stages = plan_of("cifar10_grow_batch").stages
     assert stages[0].exact_noise_scale == pytest.approx(389.625)
     assert stages[3].exact_noise_scale == pytest.approx(2.805)
+
+
+def test_both_cosine_recipes_have_the_same_noise_at_the_same_epoch():
+    decay, grow = plan_of("cifar10_cosine"), plan_of("cifar10_cosine_grow_batch")
+    assert (decay.updates, grow.updates) == (78_125, 48_724)
+    for index in range(0, grow.updates - 1, 61):
+        update = grow.at(index)
+        twin = decay.at(update.samples_seen // 128)  # all batches are multiples of 128
+        assert twin.samples_seen == update.samples_seen
+        assert update.noise_scale == pytest.approx(twin.noise_scale, rel=1e-9)
+        assert update.lr < 0.1006  # what one update of 5,120 before its time is above 0.1
 
 
 def test_momentum_of_the_raised_schedules():

@@ -117,3 +117,11 @@ def test_an_update_of_many_groups_moves_the_average_as_far_as_that_many_updates(
     statistics.fold(global_batch=6)
     assert norm.running_mean.item() == pytest.approx(5 * (1 - 0.9**3))
     assert not statistics.collected.any()
+
+
+def test_the_ghost_batch_may_change_between_updates():
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 2, 2)
+    changed, fresh = GhostBatchNorm2d(3, ghost_batch=8), GhostBatchNorm2d(3, ghost_batch=4)
+    RunningStatistics(changed).use_ghost_batch(4)
+    assert torch.equal(changed(images), fresh(images))

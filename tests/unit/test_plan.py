@@ -1,6 +1,7 @@
 """The plan: noise kept, every sample once, whatever the schedule."""
 
 import io
+import math
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,10 @@ from rich.console import Console
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
-from hvd_lbt.plan import make_plan, render_plan
+from hvd_lbt.plan import ghost_batch_of, layout_of, make_plan, render_plan
 from hvd_lbt.recipe import ScheduleRecipe, load_recipe
 from hvd_lbt.schedule import phases
+from hvd_lbt.world import World
 
 
 def schedule(**changes) -> ScheduleRecipe:
@@ -201,3 +203,188 @@ def test_a_milestone_may_change_the_momentum_and_the_noise_scale_is_still_as_pla
 def test_rescaling_a_momentum_that_never_changes_is_refused():
     with pytest.raises(UserError, match=r"schedule.momentum_change: 'rescale' has no effect"):
         load_recipe("digits", ["schedule.momentum_change=rescale"])
+
+
+# ------------------------------------------------------- warm-up, cosine, rounding, ghost batches
+
+
+def lrs(plan, *indices) -> list[float]:
+    return [plan.at(index).lr for index in indices]
+
+
+def test_the_warm_up_rises_linearly_from_its_first_lr_and_then_ends():
+    warm = schedule(warm_up={"epochs": 2, "first_lr": 0.02})
+    plan = make_plan(warm, 100)
+    # 20 updates of 10 samples: 0.02 + 0.08 · t/20, then 0.1; at epoch 4 the batch takes over
+    assert [(s.first_update, s.updates, s.global_batch) for s in plan.stages] == [
+        (0, 20, 10),
+        (20, 20, 10),
+        (40, 8, 50),
+        (48, 1, 250),
+    ]
+    assert lrs(plan, 0, 5, 10, 19, 20, 39, 40, 48) == pytest.approx(
+        [0.02, 0.04, 0.06, 0.096, 0.1, 0.1, 0.1, 0.1]
+    )
+    assert (plan.stages[0].lr, plan.stages[0].last_lr) == pytest.approx((0.02, 0.096))
+    assert plan.at(10).noise_scale == pytest.approx(0.06 * 100 / (10 * 0.1))
+    assert make_plan(schedule(), 100).updates == plan.updates
+
+
+def test_the_warm_up_rises_to_a_raised_lr():
+    warm = schedule(raised={"lr": 0.5}, warm_up={"epochs": 2, "first_lr": 0.1})
+    plan = make_plan(warm, 1000)  # updates of 50 samples
+    assert lrs(plan, 0, 20, 40) == pytest.approx([0.1, 0.3, 0.5])
+
+
+def test_the_cosine_decays_the_lr_to_zero():
+    plan = make_plan(schedule(policy="decay_lr", milestones=[], cosine={}), 100)
+    assert len(plan.stages) == 1
+    # 0.05 · (1 + cos(π t/100))
+    assert lrs(plan, 0, 25, 50, 75, 99) == pytest.approx(
+        [0.1, 0.085355339, 0.05, 0.014644661, 0.0000246719818], rel=1e-7
+    )
+
+
+def test_the_cosine_begins_after_the_warm_up():
+    rise = {"epochs": 2, "first_lr": 0.05}
+    plan = make_plan(schedule(policy="decay_lr", milestones=[], cosine={}, warm_up=rise), 100)
+    # 80 updates from 20 on
+    assert lrs(plan, 0, 10, 20, 40, 60, 80) == pytest.approx(
+        [0.05, 0.075, 0.1, 0.085355339, 0.05, 0.014644661], rel=1e-7
+    )
+
+
+def test_the_batch_growing_twin_of_the_cosine():
+    grow = schedule(milestones=[], cosine={"batch_factor": 2}, max_global_batch=80)
+    plan = make_plan(grow, 100)
+    # The curve is at 1/2, 1/4, 1/8 after 500, 666.7, 769.9 of 1,000 samples.
+    assert [(s.first_update, s.updates, s.first_sample, s.global_batch) for s in plan.stages] == [
+        (0, 50, 0, 10),
+        (50, 8, 500, 20),
+        (58, 2, 660, 40),
+        (60, 4, 740, 80),
+    ]
+    # lr = 0.1 · B/10 · (1 + cos(π samples/1000))/2, at 0, 490, 500, 640, 660, 740, 820 samples
+    assert lrs(plan, 0, 49, 50, 57, 58, 60, 61) == pytest.approx(
+        [0.1, 0.051570538, 0.1, 0.057422071, 0.103649265, 0.126181158, 0.06226883], rel=1e-6
+    )
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(300, 3000),
+    st.floats(1.05, 8),
+    st.floats(0, 3),
+    st.integers(300, 5000),
+)
+def test_every_update_has_the_noise_of_the_curve_whoever_pays(batch, largest, factor, rise, n):
+    both = {
+        "milestones": [],
+        "global_batch": batch,
+        "max_global_batch": largest,
+        "warm_up": {"epochs": rise, "first_lr": 0.01} if rise > 0 else None,
+    }
+    plan = make_plan(schedule(cosine={"batch_factor": factor}, **both), n)
+    first = noise_scale(0.1, 0.9, n, batch)
+    for update in map(plan.at, range(0, plan.updates - 1, 1 + plan.updates // 50)):
+        if update.epoch < rise:
+            continue
+        share = (1 + math.cos(math.pi * (update.epoch - rise) / (10 - rise))) / 2
+        assert update.noise_scale == pytest.approx(first * share, rel=1e-9, abs=1e-9 * first)
+        assert update.global_batch <= largest
+
+
+def test_batches_are_multiples_and_the_lr_makes_up_for_the_rounding():
+    falls = [{"epoch": 4, "factor": 1.4}, {"epoch": 8, "factor": 1.4}]
+    rounded = schedule(global_batch=96, batch_multiple=32, milestones=falls)
+    # wanted: 134.4 and 188.16
+    assert [p.global_batch for p in phases(rounded)] == [96, 128, 192]
+    assert [p.lr for p in phases(rounded)] == pytest.approx(
+        [0.1, 0.1 * 128 / 134.4, 0.1 * 192 / 188.16]
+    )
+    capped = schedule(global_batch=96, batch_multiple=32, milestones=falls, max_global_batch=100)
+    assert [p.global_batch for p in phases(capped)] == [96, 96, 96]
+    raised = schedule(global_batch=96, batch_multiple=32, raised={"lr": 0.19}, milestones=[])
+    # 182.4 wanted
+    assert [(p.global_batch, p.lr) for p in phases(raised)] == [(192, pytest.approx(0.2))]
+
+
+def test_a_milestone_may_change_the_ghost_batch():
+    falls = (
+        "[{epoch: 4, factor: 4, ghost_batch: 32}, {epoch: 8, factor: 2}, "
+        "{epoch: 9, factor: 2, ghost_batch: 64}]"
+    )
+    recipe = load_recipe("digits", [f"schedule.milestones={falls}"])
+    plan = make_plan(recipe.schedule, 1437)
+    firsts = [plan.at(stage.first_update) for stage in plan.stages]
+    assert [ghost_batch_of(update, recipe) for update in firsts] == [16, 32, 32, 64]
+    # 128 samples on 3 workers: 4 ghost batches of 32 go 1, 1, 2
+    shares = [
+        layout_of(firsts[1], recipe, World(rank=rank, size=3, local_rank=rank, local_size=3))
+        for rank in range(3)
+    ]
+    assert [share.local_batch for share in shares] == [32, 32, 64]
+    assert "The ghost batches are of 16, 32, 32, 64 samples, by stage." in shown(recipe, plan, 1)
+
+
+def test_how_far_the_momentum_buffer_has_settled():
+    falls = [{"epoch": 1, "factor": 2, "momentum": 0.95}]
+    plan = make_plan(schedule(milestones=falls), 30)
+    assert [plan.at(index).settled for index in (0, 1, 2)] == pytest.approx([0.1, 0.19, 0.271])
+    # three updates of 0.9 (epoch 1 is 30 samples), then 0.95
+    assert plan.at(3).settled == pytest.approx(1 - 0.9**3 * 0.95)
+    assert plan.at(4).settled == pytest.approx(1 - 0.9**3 * 0.95**2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.cosine={}"], "schedule.cosine: the noise scale falls along the curve or at"),
+        (
+            ["schedule.milestones=[]", "schedule.cosine={}", "schedule.policy=hybrid"],
+            "schedule.policy: 'hybrid' shares milestones out, and schedule.cosine has none",
+        ),
+        (
+            [
+                "schedule.milestones=[]",
+                "schedule.cosine={batch_factor: 2}",
+                "schedule.policy=decay_lr",
+            ],
+            "schedule.cosine.batch_factor: 2 has no effect with policy decay_lr",
+        ),
+        (
+            ["schedule.warm_up={epochs: 8, first_lr: 0.01}"],
+            (
+                "schedule.warm_up.epochs: 8 must be fewer than the epoch of the first of "
+                "schedule.milestones, 8."
+            ),
+        ),
+        (
+            ["schedule.milestones=[]", "schedule.warm_up={epochs: 20, first_lr: 0.01}"],
+            "schedule.warm_up.epochs: 20 must be fewer than schedule.epochs = 20.",
+        ),
+        (
+            ["schedule.warm_up={epochs: 2, first_lr: 0.1}"],
+            "schedule.warm_up.first_lr: 0.1 must be smaller than the lr that it rises to, 0.1.",
+        ),
+        (
+            ["schedule.batch_multiple=24"],
+            "schedule.batch_multiple: 24 does not divide schedule.global_batch = 32; it must.",
+        ),
+        (
+            ["schedule.momentum=0", "schedule.momentum_start=corrected"],
+            "schedule.momentum_start: 'corrected' has no effect with schedule.momentum = 0",
+        ),
+        (
+            ["schedule.milestones=[{epoch: 4, factor: 4, ghost_batch: 48}]"],
+            (
+                "schedule.milestones[0].ghost_batch: 48 does not divide layout.micro_batch = 64; "
+                "it must."
+            ),
+        ),
+    ],
+)
+def test_impossible_combinations_name_their_keys(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", overrides)
+    assert f"Recipe digits: {message}" in str(caught.value)
