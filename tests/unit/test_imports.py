@@ -15,9 +15,10 @@ MODULES = {
 LAYERS = [
     {"errors", "world", "noise", "layout", "data.order", "ops", "stop"},
     {"recipe", "schedule", "plan", "optim", "models"},
-    {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm"},
+    {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm", "measure"},
     {"evaluate"},
     {"train", "report", "show_plan", "doctor", "bench"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]
