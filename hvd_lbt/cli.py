@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("hvd_lbt.train", "train a recipe, alone or under horovodrun, mpirun or srun"),
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
+    "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
     "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
     "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from hvd_lbt.errors import UserError
 from hvd_lbt.plan import Plan, Update, render_plan
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.world import World
@@ -55,6 +56,12 @@ def revision() -> str:
         return ""
 
 
+def slurm_job() -> dict[str, str] | None:
+    """The Slurm job this is a part of, and how often Slurm has started it again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"id": job, "restarts": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else None
+
+
 class RunLog:
     """Writes RUN/metrics.jsonl and RUN/tensorboard on rank 0 and shows progress there."""
 
@@ -71,7 +78,8 @@ class RunLog:
         if not self.speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lines = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
+        self._end_torn_line()
         self._board = SummaryWriter(folder / "tensorboard", purge_step=first_update)
         live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
         self.console = Console() if live else Console(width=140, force_terminal=False)
@@ -86,6 +94,12 @@ class RunLog:
         self._task = self._progress.add_task("", total=plan.samples, completed=self._first_sample)
         self._progress.start()
 
+    def _end_torn_line(self) -> None:
+        """A run that was killed may have left half a line; the next must not be joined to it."""
+        size = self._lines.seek(0, os.SEEK_END)
+        if size and os.pread(self._lines.fileno(), 1, size - 1) != b"\n":
+            self._lines.write("\n")
+
     def say(self, text: Any) -> None:
         """Print once, on rank 0, above the live line."""
         if self.speaks:
@@ -93,10 +107,12 @@ class RunLog:
 
     def begin(self, recipe: Recipe, test_samples: int, first_update: int) -> None:
         """Show the plan, and note what the run is made of."""
+        job = slurm_job()
         self.say(render_plan(recipe, self.plan, self._world.size))
         self.say(
             f"{self._world.size} workers · {self.plan.train_samples:,} training images, "
             f"{test_samples:,} test images"
+            + (f" · Slurm job {job['id']}, restart {job['restarts']}" if job else "")
             + (f" · going on after {first_update:,} updates" if first_update else "")
         )
         self.event(
@@ -112,13 +128,21 @@ class RunLog:
             versions=versions(),
             revision=revision(),
             resumed_at_update=first_update,
+            slurm_job=job,
         )
 
     def event(self, event: str, **values: Any) -> None:
         """Write one line to metrics.jsonl."""
-        if self.speaks:
+        if not self.speaks:
+            return
+        try:
             self._lines.write(json.dumps({"event": event, **values, "time": time.time()}) + "\n")
             self._lines.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._lines.name} could not be written ({error.strerror}). Free space or mend the "
+                "folder, then go on with --resume from the newest checkpoint."
+            ) from error
 
     def update(
         self, update: Update, sums: Tensor, *, data_wait: float, reducer: dict[str, Any]

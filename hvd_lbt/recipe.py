@@ -36,7 +36,10 @@ FREE_AT_RESUME: dict[str, Any] = {
     "data": {"train_samples", "threads", "prefetch"},
     "layout": {"micro_batch"},
     "wire": {"bucket_mb"},
-    "run": {"eval_every", "keep_checkpoints", "channels_last", "max_bad_updates"},
+    "run": {
+        *("eval_every", "keep_checkpoints", "checkpoint_minutes"),
+        *("channels_last", "max_bad_updates"),
+    },
 }
 
 
@@ -361,6 +364,9 @@ class RunRecipe(_Section):
     eval_every: Count = 1
     """Evaluate after so many epochs, and at the end."""
     keep_checkpoints: Count = 3
+    """So many newest ones, and the best."""
+    checkpoint_minutes: Positive = 10.0
+    """Between checkpoints, beside those at the end of a stage: what a lost node may cost."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; weights and their update are fp32."""
     channels_last: bool = False

@@ -15,7 +15,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, start again with --res
 class StopRequest:
     """Remembers a signal; a second one ends the process at once.
 
-    ask() and agreed() bracket an update: the flags of all ranks are summed while it runs.
+    ask() and agreed() bracket an update: the flags of all ranks are summed while it runs, and with
+    them whether any rank wants a checkpoint now, as only one clock can tell when that is.
     """
 
     def __init__(
@@ -24,22 +25,24 @@ class StopRequest:
         synchronize: Callable[[int], Tensor],
     ):
         self._allreduce_async, self._synchronize = allreduce_async, synchronize
-        self._asked = torch.zeros(1)
-        self._sum = torch.zeros(1)
+        self._asked = torch.zeros(2)  # stop · save
+        self._sum = torch.zeros(2)
         self._handle = -1
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._asked.item():
+        if self._asked[0]:
             os._exit(128 + number)
-        self._asked.fill_(1.0)
+        self._asked[0] = 1.0
 
-    def ask(self) -> None:
+    def ask(self, save: bool = False) -> None:
         """Begin to sum the flags as they are now."""
+        self._asked[1] = float(save)
         self._sum.copy_(self._asked)
         self._handle = self._allreduce_async(self._sum, "stop")
 
-    def agreed(self) -> bool:
-        """Whether any rank had been told to stop when it asked: the same answer on all ranks."""
-        return self._synchronize(self._handle).item() > 0
+    def agreed(self) -> tuple[bool, bool]:
+        """Whether any rank was told to stop, and any wanted to save: the same on all ranks."""
+        stop, save = self._synchronize(self._handle).tolist()
+        return stop > 0, save > 0

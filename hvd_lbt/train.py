@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from hvd_lbt import comm
-from hvd_lbt.checkpoint import Checkpoints, open_run, weights_agree, weights_checksum
+from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.pipeline import Batch, train_batches
 from hvd_lbt.data.store import open_splits
-from hvd_lbt.errors import BadUpdatesError, UserError
+from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.metrics import RunLog
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run one training; the exit code is 0 when it finished, 75 when a signal stopped it."""
+    """Run one training; the exit code is 0 when it is finished, 75 when a signal stopped it."""
     recipe = load_recipe(args.recipe, args.set)
     world = comm.init()
     out = args.out or Path("runs", recipe.name)
@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
 def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: World) -> int:
     """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`."""
+    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     device = local_device(world)
     train_store, test_store = open_splits(data or write_digits())
     plan = make_plan(recipe.schedule, len(train_store))
@@ -59,7 +60,9 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     )
     first_update = state["update"] if state else 0
     if first_update == plan.updates:
-        raise UserError(f"{out} is finished: all {plan.updates:,} updates are done.")
+        if world.rank == 0:
+            print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
+        return 0  # a requeued job has nothing left to do, which is no failure
 
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
@@ -83,22 +86,26 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
             part.load_state_dict(state[name])
     comm.broadcast_(model.state_dict())
 
-    checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep_checkpoints)
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        recipe.run,
+        world,
+        comm.allgather_object,
+        best_top1=state["best_top1"] if state else -1.0,
+    )
     log = RunLog(out, world, plan, first_update)
     log.begin(recipe, len(test_store), first_update)
 
-    def save(updates_done: int) -> None:
-        weights_agree(comm.allgather_object(weights_checksum(model)), updates_done)
-        if world.rank == 0:
-            log.flush()
-            about = {
-                "update": updates_done,
-                "recipe": recipe.to_dict(),
-                "train_samples": plan.train_samples,
-                "classes": list(train_store.classes),
-            }
-            parts = {name: part.state_dict() for name, part in trained.items()}
-            checkpoints.save(updates_done, about | parts)
+    def save(updates_done: int, *, best: bool = False) -> None:
+        log.flush()
+        about = {
+            "update": updates_done,
+            "recipe": recipe.to_dict(),
+            "train_samples": plan.train_samples,
+            "classes": list(train_store.classes),
+        }
+        parts = {name: part.state_dict() for name, part in trained.items()}
+        checkpoints.save(updates_done, about | parts, best=best)
 
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
     batches = train_batches(
@@ -114,14 +121,13 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         if recipe.run.precision == "bf16"
         else nullcontext()
     )
-    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     sums = torch.zeros(2, device=device)  # of losses and of right answers
     model.train()
 
     for update in updates:
         set_hyperparameters(optimizer, update, recipe.schedule)
         statistics.use_ghost_batch(ghost_batch_of(update, recipe))
-        stop.ask()
+        stop.ask(save=checkpoints.due())
         sums.zero_()
         data_wait = 0.0
         count = len(layout_of(update, recipe, world).micro_batches)
@@ -154,7 +160,9 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         log.update(update, sums, data_wait=data_wait, reducer=reducer.stats())
 
         done = update.index + 1
-        stopped = stop.agreed() and done < plan.updates
+        told_to_stop, due = stop.agreed()
+        stopped = told_to_stop and done < plan.updates
+        best = False
         if evaluation_is_due(update, plan, recipe.run.eval_every):
             result = evaluate(
                 model,
@@ -166,13 +174,17 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
                 device=device,
             )
             log.evaluation(update, asdict(result))
-        if stopped or done == plan.updates or plan.at(done).stage != update.stage:
-            save(done)
+            best = checkpoints.better(result.top1)
+        ends = done == plan.updates or plan.at(done).stage != update.stage
+        if stopped or due or best or ends:
+            save(done, best=best)
         if stopped:
+            checkpoints.wait()
             log.say(f"Stopped after {done} of {plan.updates} updates and saved: use --resume.")
             log.end("stopped", done)
             return EXIT_STOPPED
 
+    checkpoints.wait()
     log.end("finished", plan.updates)
     return 0
 

@@ -102,7 +102,7 @@ def test_stopped_by_a_signal_and_resumed_on_another_number_of_ranks(start, ranks
     assert [e["reason"] for e in events(parts, "end")] == ["stopped", "finished"]
 
     ended = start(1, *train(*EXACT, out=parts, resume=True)).wait()
-    assert ended.code == 2
+    assert ended.code == 0
     assert f"{parts} is finished: all 80 updates are done." in ended.output
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(ranks, tmp_pat
     out = tmp_path / "run"
     ranks(1, *train(*EXACT, out=out))
     files = sorted((out / "checkpoints").glob("*.pt"))
-    assert len(files) == 2  # after each stage
+    assert len(files) >= 2  # after each stage, and after an epoch that was the best so far
     whole = torch.load(files[-1], weights_only=True)["model"]
     files[-1].write_bytes(files[-1].read_bytes()[:-10])
     output = ranks(1, *train(*EXACT, out=out, resume=True))
