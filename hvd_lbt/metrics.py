@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.plan import Plan, Update, render_plan
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.world import World
@@ -145,11 +146,18 @@ class RunLog:
             ) from error
 
     def update(
-        self, update: Update, sums: Tensor, *, data_wait: float, reducer: dict[str, Any]
+        self,
+        update: Update,
+        sums: Tensor,
+        *,
+        data_wait: float,
+        reducer: dict[str, Any],
+        noise: Tensor,
     ) -> None:
-        """Note one finished update. sums: (2,) this update's sum of losses and of right answers.
+        """Note one finished update. sums: this update's sum of losses and of right answers, and more.
 
-        data_wait: seconds that this rank waited for images. The tensor is read later.
+        data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
+        The tensors are read later.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -169,7 +177,7 @@ class RunLog:
             "data_wait": min(1.0, data_wait / seconds),
             **{key: reducer[key] for key in ("wire_scale", "overflows", "skipped")},
         }
-        self._pending.append((record, sums.clone()))
+        self._pending.append((record, torch.cat([sums[:2], noise])))
         if now - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -178,13 +186,19 @@ class RunLog:
         self._flushed = time.perf_counter()
         if not self._pending:
             return
-        for (record, _), (loss, right) in zip(
-            self._pending, torch.stack([sums for _, sums in self._pending]).tolist(), strict=True
-        ):
+        values = torch.stack([values for _, values in self._pending]).tolist()
+        for (record, _), (loss, right, *noise) in zip(self._pending, values, strict=True):
             # JSON has no NaN: a skipped update has no loss
             record["loss"] = loss / record["global_batch"] if math.isfinite(loss) else None
             record["accuracy"] = right / record["global_batch"]
+            record["gradient_noise"] = simple_noise_scale(*noise)
+            for key, value in zip(("gradient_variance", "gradient_squared"), noise, strict=True):
+                record[key] = value if math.isfinite(value) else None
             self.event("update", **record)
+            if record["gradient_noise"] is not None:
+                self._board.add_scalar(
+                    "plan/gradient_noise", record["gradient_noise"], record["update"]
+                )
             for key in ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale"):
                 if record[key] is not None:
                     self._board.add_scalar(f"train/{key}", record[key], record["update"])
@@ -233,11 +247,13 @@ class RunLog:
 
     def _show(self, record: dict[str, Any]) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        measured = record["gradient_noise"]
+        noise = "" if measured is None else f"tr Σ/|G|² {measured:,.3g} · "
         text = (
             f"stage {record['stage'] + 1}/{len(self.plan.stages)} · update "
             f"{record['update'] + 1:,}/{self.plan.updates:,} · global batch "
             f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
-            f"g {record['noise_scale']:.4g} · {record['images_per_second']:,.0f} images/s "
+            f"g {record['noise_scale']:.4g} · {noise}{record['images_per_second']:,.0f} images/s "
             f"(waits {record['data_wait']:.0%} for data) · loss {loss}{self._accuracy}"
         )
         seen = record["samples_seen"]

@@ -126,6 +126,7 @@ class GradientReducer:
         self._backwards = 0  # of this update
         self._is_last = False
         self._sent = False
+        self._applied: Tensor | None = None  # the scale of the sum that lies in the wire buckets
 
         self._wire_scale = float(self._scale)
         self._good_updates = 0  # since the scale changed
@@ -166,6 +167,20 @@ class GradientReducer:
             self._flags.copy_(self._overflow == self._codes)
             self._flags_handle = self._allreduce_async(self._flags, f"{self.name}.flags")
             self._sent = True
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor | None:
+        """|g|² of the gradient that the last step applied, fp32 on the device; the same on all ranks.
+
+        It is read from the wire: one more pass, for who measures now and then. None if that update
+        was skipped, or sent again in fp32 (the step has cleared that sum).
+        """
+        if self._applied is None:
+            return None
+        norms = [
+            torch.linalg.vector_norm(bucket.wire, dtype=torch.float32) for bucket in self._buckets
+        ]
+        return (torch.stack(norms) / self._applied).square().sum()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: the same on all ranks.
@@ -266,12 +281,14 @@ class GradientReducer:
         self._overflow.zero_()
         self._sent = False
         self._backwards = 0
+        self._applied = None
         if bad:
             return self._skip()
         if overflowed:
             self._overflows += 1
             return self._send_again()
         self._bad_in_a_row = 0
+        self._applied = self._scale
         self._good_updates += 1
         if self._good_updates >= GROWTH_INTERVAL and self.wire == "fp16":
             self._set_scale(min(2 * self._wire_scale, LARGEST_SCALE))

@@ -206,6 +206,8 @@ def read_run(folder: Path) -> Run:
     ordered = [updates[key] for key in sorted(updates)]
     ends = [part["end"] for part in parts]
     columns = {key: np.array([r[key] for r in ordered], np.float64) for key in KEYS["update"]}
+    noise = [record.get("gradient_noise") for record in ordered]  # not in the lines of old runs
+    columns["gradient_noise"] = np.array(noise, np.float64)
     run = Run(
         folder=folder,
         about=parts[-1]["run"],
@@ -447,6 +449,9 @@ def draw_schedule(groups: Sequence[Group], path: Path) -> Path:
         (label, [scheduled(group, key) for group in groups], scale)
         for key, label, scale in quantities
     ]
+    noises = [measured(group, "gradient_noise") for group in groups]
+    if any(len(noise.mean) for noise in noises):
+        rows.append(("measured tr(Σ)/|G|²,\nsamples", noises, _log_if_decades))
     return _picture(groups, rows, path, height=2.6)
 
 
@@ -556,7 +561,10 @@ PICTURES: dict[str, tuple[Drawing, str]] = {
     "accuracy.png": (draw_accuracy, "Test accuracy (top-1) at each evaluation."),
     "schedule.png": (
         draw_schedule,
-        "What each update used. The plan's last update, if smaller, is not drawn.",
+        (
+            "What each update used, and the gradient's simple noise scale as it was measured. The "
+            "plan's last update, if smaller, is not drawn."
+        ),
     ),
     "speed.png": (
         draw_speed,

@@ -19,6 +19,7 @@ from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
+from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.metrics import RunLog
 from hvd_lbt.models import RunningStatistics, build_model
 from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
@@ -80,7 +81,14 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         bucket_mb=recipe.wire.bucket_mb,
         max_bad_updates=recipe.run.max_bad_updates,
     )
-    trained: dict[str, Any] = {"model": model, "optimizer": optimizer, "reducer": reducer}
+    sums = torch.zeros(4, device=device)  # of losses, of right answers, and two of gradient noise
+    noise = GradientNoise(model, recipe.run.noise_every, sums[2:])
+    trained: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "reducer": reducer,
+        "gradient_noise": noise,
+    }
     if state:
         for name, part in trained.items():
             part.load_state_dict(state[name])
@@ -121,7 +129,6 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         if recipe.run.precision == "bf16"
         else nullcontext()
     )
-    sums = torch.zeros(2, device=device)  # of losses and of right answers
     model.train()
 
     for update in updates:
@@ -129,6 +136,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         statistics.use_ghost_batch(ghost_batch_of(update, recipe))
         stop.ask(save=checkpoints.due())
         sums.zero_()
+        noise.begin(update.index, update.global_batch)
         data_wait = 0.0
         count = len(layout_of(update, recipe, world).micro_batches)
         for index in range(count):
@@ -138,6 +146,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
                 logits = model(batch.images.contiguous(memory_format=memory_format))
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
             reducer.backward(losses / update.global_batch, last=index == count - 1)
+            noise.add_part(len(batch.labels))
             sums[0] += losses.detach()
             sums[1] += (logits.argmax(1) == batch.labels).sum()
         if count == 0:  # fewer ghost batches than workers: this one only takes part in the sum
@@ -153,11 +162,12 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
             raise BadUpdatesError(f"{error} {checkpoints.last_good()}") from error
         for handle in handles:
             comm.synchronize(handle)
+        noise.end(reducer.squared_norm)
         if reducer.stats()["skipped"] == skipped:
             statistics.fold(update.global_batch)
         else:
             statistics.discard()  # they may be NaN as the gradient was
-        log.update(update, sums, data_wait=data_wait, reducer=reducer.stats())
+        log.update(update, sums, data_wait=data_wait, reducer=reducer.stats(), noise=noise.averages)
 
         done = update.index + 1
         told_to_stop, due = stop.agreed()

@@ -2,7 +2,8 @@
 
 Synthetic images that lie in memory, the same network twice: once with the reducer, the wire, ghost
 batch norm's statistics and FusedSGD, as `hvd_lbt train` runs it; once with loss.backward() and
-torch.optim.SGD(fused=True). The batch grows on the way. Precision and channels_last are the recipe's.
+torch.optim.SGD(fused=True). A third update measures the gradient's noise: `gradient_noise_costs` is what that
+adds to training, as a share, when done every `run.noise_every` updates. The batch grows on the way. Precision and channels_last are the recipe's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from hvd_lbt import comm
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.layout import make_layout
+from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.models import RunningStatistics, build_model
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.recipe import load_recipe
@@ -74,7 +76,13 @@ def main(args: argparse.Namespace) -> int:
     )
     side = recipe.data.image_size
 
-    def step(global_batch: int) -> None:
+    sums = torch.zeros(2, device=device)
+    noise = GradientNoise(ours, 1, sums)
+
+    def step(global_batch: int, measure: bool = False) -> None:
+        if measure:
+            sums.zero_()
+            noise.begin(0, global_batch)
         layout = make_layout(
             global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
         )
@@ -83,9 +91,14 @@ def main(args: argparse.Namespace) -> int:
                 logits = ours(images[: len(part)])
             loss = F.cross_entropy(logits.float(), labels[: len(part)], reduction="sum")
             reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
-        handle = comm.allreduce_async_(statistics.collected, "statistics")
+            noise.add_part(len(part))
+        handles = [comm.allreduce_async_(statistics.collected, "statistics")]
+        if measure:
+            handles.append(comm.allreduce_async_(sums, "gradient noise"))
         optimizer.step()
-        comm.synchronize(handle)
+        for handle in handles:
+            comm.synchronize(handle)
+        noise.end(reducer.squared_norm)
         statistics.fold(global_batch)
 
     def bare(global_batch: int) -> None:
@@ -114,15 +127,25 @@ def main(args: argparse.Namespace) -> int:
         check_equal("weights", ours.parameters(), theirs.parameters(), tolerance=tolerance)
     for batch in args.batches:
         times = time_interleaved(
-            {"ours": partial(step, batch), "bare": partial(bare, batch)},
+            {
+                "ours": partial(step, batch),
+                "measured": partial(step, batch, measure=True),
+                "bare": partial(bare, batch),
+            },
             repetitions=args.repetitions,
             warmups=1,
             synchronize=wait,
         )
+        measured = speedup(times["ours"], times["measured"])
+        every = recipe.run.noise_every
         lines.result(
             case=f"global batch {batch}",
             images_per_second=batch / times["ours"].median,
-            against={"bare PyTorch loop": speedup(times["ours"], times["bare"])},
+            against={
+                "bare PyTorch loop": speedup(times["ours"], times["bare"]),
+                "gradient noise measured in every update": measured,
+            },
+            gradient_noise_costs=(measured["ratio"] - 1) / every if every else 0.0,
             **times["ours"].summary(),
         )
     comm.shutdown()

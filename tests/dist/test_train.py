@@ -62,8 +62,10 @@ def digits() -> Path:
 
 
 def test_one_two_and_three_ranks_train_the_same_network(ranks, tmp_path):
+    # micro-batches of one ghost batch: the noise of the gradient is then told by the same parts, too
+    settings = (*EXACT, "layout.micro_batch=16", "run.noise_every=2")
     for number in (1, 2, 3):
-        ranks(number, *train(*EXACT, out=tmp_path / str(number), smooth=True))
+        ranks(number, *train(*settings, out=tmp_path / str(number), smooth=True))
     plan = make_plan(load_recipe("digits", SMALL).schedule, 1437)
     for number in (1, 2, 3):
         updates = events(tmp_path / str(number), "update")
@@ -74,6 +76,10 @@ def test_one_two_and_three_ranks_train_the_same_network(ranks, tmp_path):
         alone = events(tmp_path / "1", "update")
         for mine, theirs in zip(updates, alone, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=ROUNDING)
+            # a difference of squares: the rounding counts some ten times
+            for key in ("gradient_variance", "gradient_squared"):
+                assert mine[key] == pytest.approx(theirs[key], rel=20 * ROUNDING, abs=1e-3)
+        assert sum(u["gradient_noise"] is not None for u in updates) > plan.updates / 2
     assert difference(tmp_path / "1", tmp_path / "2") < ROUNDING
     assert difference(tmp_path / "1", tmp_path / "3") < ROUNDING
 

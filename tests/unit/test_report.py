@@ -43,6 +43,7 @@ def write_run(folder, *, seed=0, policy="digits", updates=None, nan_at=None):
                 "lr": update.lr,
                 "momentum": update.momentum,
                 "noise_scale": update.noise_scale,
+                "gradient_noise": None if index < 20 else 100.0 + index,
                 "loss": None if index == nan_at else 2.0 / (1 + index),
                 "accuracy": 0.9,
                 "images_per_second": 500.0,

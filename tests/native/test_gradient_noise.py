@@ -1,0 +1,146 @@
+"""The gradient's noise against a distribution of gradients whose tr(Σ) and |G|² are known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_lbt.measure.gradient_noise import GradientNoise, simple_noise_scale
+from hvd_lbt.optim import FusedSGD
+from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.world import World
+
+SIZE = 50
+
+
+class Weights(nn.Module):
+    """Two parameters; the loss of a sample is their product with that sample's gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(SIZE // 2))
+        self.second = nn.Parameter(torch.zeros(SIZE - SIZE // 2))
+
+    def loss(self, gradients: torch.Tensor) -> torch.Tensor:
+        return (gradients @ torch.cat([self.first, self.second])).sum()
+
+
+class Measured:
+    """One process that measures every update; `true` are tr(Σ) and |G|²."""
+
+    def __init__(self, wire: str = "fp32", every: int = 1, mean: float = 0.1):
+        self.model = Weights()
+        self.optimizer = FusedSGD(self.model.parameters(), lr=1e-3)
+        self.reducer = GradientReducer(
+            self.model,
+            self.optimizer,
+            world=World(),
+            allreduce_async=lambda tensor, name: tensor,
+            synchronize=lambda handle: handle,
+            wire=wire,
+        )
+        self.every = every
+        self.sums = torch.zeros(2)
+        self.generator = torch.Generator().manual_seed(0)
+        self.mean = mean * torch.randn(SIZE, generator=self.generator)
+        self.deviation = torch.linspace(0.1, 1.0, SIZE)  # Σ is no multiple of one
+        self.true = (float(self.deviation.square().sum()), float(self.mean.square().sum()))
+        self.begin_again()
+        self.updates = 0
+
+    def begin_again(self):
+        self.noise = GradientNoise(self.model, self.every, self.sums)
+
+    def update(self, parts, factor: float = 1.0):
+        self.sums.zero_()
+        self.noise.begin(self.updates, sum(parts))
+        for index, count in enumerate(parts):
+            drawn = torch.randn(count, SIZE, generator=self.generator)
+            loss = factor * self.model.loss(self.mean + drawn * self.deviation) / sum(parts)
+            self.reducer.backward(loss, last=index == len(parts) - 1)
+            self.noise.add_part(count)
+        self.optimizer.step()
+        self.noise.end(self.reducer.squared_norm)
+        self.updates += 1
+
+
+@pytest.mark.parametrize("parts", [[8, 8, 8], [1, 2, 5, 16], [23, 1]])
+def test_both_estimates_are_unbiased_for_equal_and_unequal_parts(parts):
+    measured = Measured()
+    found = []
+    for _ in range(1500):
+        measured.begin_again()  # one measurement each, not their average
+        measured.update(parts)
+        found.append(measured.noise.averages)
+    found = torch.stack(found).double()
+    error = found.std(0) / math.sqrt(len(found))
+    true = torch.tensor(measured.true)
+    assert (error < torch.tensor([0.02, 0.2]) * true).all()  # else the next line says little
+    assert ((found.mean(0) - true).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("wire", ["fp16", "fp32"])
+def test_the_ratio_of_the_averages_finds_the_noise_scale_while_the_batch_grows(wire):
+    measured = Measured(wire, mean=0.3)
+    scales = []
+    for parts in [[4] * 4] * 150 + [[16] * 4] * 150:
+        measured.update(parts)
+        scales.append(simple_noise_scale(*measured.noise.averages.tolist()))
+    variance, squared = measured.true
+    late = torch.tensor([scale for scale in scales[50:] if scale is not None])
+    assert len(late) > 240
+    assert float(late.median()) == pytest.approx(variance / squared, rel=0.1)
+
+
+def test_updates_that_were_skipped_or_sent_again_do_not_count():
+    measured = Measured("fp16")
+    measured.update([4, 4])
+    before = measured.noise.averages
+    measured.update([4, 4], factor=1e6)  # does not fit the wire
+    assert measured.reducer.stats()["overflows"] == 1
+    measured.update([4, 4], factor=float("nan"))
+    assert measured.reducer.stats()["skipped"] == 1
+    torch.testing.assert_close(measured.noise.averages, before, rtol=0, atol=0)
+    measured.update([4, 4])
+    assert not torch.equal(measured.noise.averages, before)
+    assert measured.noise.averages.isfinite().all()
+
+
+def test_one_part_tells_nothing():
+    measured = Measured()
+    measured.update([8])
+    assert measured.noise.averages.isnan().all()
+    assert simple_noise_scale(*measured.noise.averages.tolist()) is None
+    measured.update([4, 4])
+    before = measured.noise.averages
+    measured.update([8])
+    torch.testing.assert_close(measured.noise.averages, before, rtol=0, atol=0)
+
+
+def test_only_every_so_many_updates_are_measured_and_0_measures_none():
+    for every, counts in ((3, {0, 3, 6}), (0, set())):
+        measured = Measured(every=every)
+        moved = set()
+        for update in range(8):
+            before = measured.noise.averages
+            measured.update([4, 4])
+            if not torch.equal(measured.noise.averages.nan_to_num(), before.nan_to_num()):
+                moved.add(update)
+        assert moved == counts
+
+
+def test_a_resumed_run_goes_on_with_the_averages():
+    measured = Measured()
+    for _ in range(5):
+        measured.update([4, 4])
+    state, before = measured.noise.state_dict(), measured.noise.averages
+    measured.begin_again()
+    measured.noise.load_state_dict(state)
+    torch.testing.assert_close(measured.noise.averages, before, rtol=0, atol=0)
+
+
+def test_no_noise_scale_while_the_gradient_drowns():
+    assert simple_noise_scale(2.0, 0.5) == 4.0
+    assert simple_noise_scale(2.0, -0.1) is None
+    assert simple_noise_scale(float("nan"), float("nan")) is None
