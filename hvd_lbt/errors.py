@@ -11,3 +11,7 @@ class SampleError(UserError):
 
 class BadUpdatesError(UserError):
     """Too many updates in a row had gradients that are not finite."""
+
+
+class ReadError(SampleError):
+    """The storage failed, not the sample: never skipped."""

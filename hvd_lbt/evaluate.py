@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.pipeline import test_batches
-from hvd_lbt.data.store import ImageFolder, open_test_split
+from hvd_lbt.data.pipeline import evaluation_batches
+from hvd_lbt.data.store import Store, open_test_split
+from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.recipe import DataRecipe, Recipe
 from hvd_lbt.world import World
@@ -32,28 +33,43 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    store: ImageFolder,
+    store: Store,
     data: DataRecipe,
     *,
     micro_batch: int,
     world: World,
     allreduce: Callable[[Tensor, str], Tensor],
     device: torch.device,
+    left_out: Callable[[SampleError], None] | None = None,
 ) -> Evaluation:
-    """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts."""
+    """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts.
+
+    left_out: see `train_batches`; what is left out is counted nowhere.
+    """
     first, end = (len(store) * rank // world.size for rank in (world.rank, world.rank + 1))
     ranges = [(at, min(micro_batch, end - at)) for at in range(first, end, micro_batch)]
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, right among five, samples
+    # loss, right, right among five, samples
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for batch in test_batches(store, data, ranges, micro_batch=micro_batch, device=device):
+    for batch in evaluation_batches(
+        store,
+        data,
+        ranges,
+        micro_batch=micro_batch,
+        device=device,
+        local_size=world.local_size,
+        left_out=left_out,
+    ):
         logits = model(batch.images).float()
         best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        counted = [loss, best[:, 0].sum(), best.sum(), torch.tensor(len(batch.labels))]
-        sums += torch.tensor([float(value) for value in counted], dtype=torch.float64)
+        counted = (loss, best[:, 0].sum(), best.sum(), (batch.labels >= 0).sum())
+        sums += torch.stack([value.double() for value in counted])
     model.train(was_training)
     loss, right, among_five, samples = allreduce(sums, "evaluation").tolist()
+    if not samples:
+        raise UserError("All test images were left out: none of them can be decoded.")
     return Evaluation(
         loss=loss / samples, top1=right / samples, top5=among_five / samples, samples=int(samples)
     )
@@ -75,7 +91,12 @@ def main(args: argparse.Namespace) -> int:
     model.load_state_dict(state["model"])
     result = evaluate(
         model.to(device),
-        open_test_split(args.data or write_digits(), tuple(state["classes"])),
+        open_test_split(
+            args.data or write_digits(),
+            tuple(state["classes"]),
+            recipe.data.classes,
+            recipe.data.timeout,
+        ),
         recipe.data,
         micro_batch=recipe.layout.micro_batch,
         world=world,

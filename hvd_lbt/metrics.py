@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.plan import Plan, Update, render_plan
 from hvd_lbt.recipe import Recipe
@@ -73,6 +73,8 @@ class RunLog:
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._began = self._flushed = self._line = self._last = time.perf_counter()
         self._accuracy = ""
+        self._waited = self._trained = 0.0
+        self._folder, self._named, self._left_out = folder, set[str](), 0
         self._first_sample = (
             plan.at(first_update).samples_seen if first_update < plan.updates else plan.samples
         )
@@ -154,13 +156,14 @@ class RunLog:
         reducer: dict[str, Any],
         noise: Tensor,
     ) -> None:
-        """Note one finished update. sums: this update's sum of losses and of right answers, and more.
+        """Note one finished update. sums: this update's losses, right answers, samples not left out, …
 
         data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
         The tensors are read later.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self._waited, self._trained = self._waited + data_wait, self._trained + seconds
         if not self.speaks:
             return
         seen = update.samples_seen + update.global_batch
@@ -177,7 +180,7 @@ class RunLog:
             "data_wait": min(1.0, data_wait / seconds),
             **{key: reducer[key] for key in ("wire_scale", "overflows", "skipped")},
         }
-        self._pending.append((record, torch.cat([sums[:2], noise])))
+        self._pending.append((record, torch.cat([sums[:3], noise])))
         if now - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -187,10 +190,12 @@ class RunLog:
         if not self._pending:
             return
         values = torch.stack([values for _, values in self._pending]).tolist()
-        for (record, _), (loss, right, *noise) in zip(self._pending, values, strict=True):
+        for (record, _), (loss, right, used, *noise) in zip(self._pending, values, strict=True):
             # JSON has no NaN: a skipped update has no loss
-            record["loss"] = loss / record["global_batch"] if math.isfinite(loss) else None
-            record["accuracy"] = right / record["global_batch"]
+            record["loss"] = loss / used if used and math.isfinite(loss) else None
+            record["accuracy"] = right / max(used, 1)
+            record["left_out"] = record["global_batch"] - round(used)
+            self._left_out += record["left_out"]
             record["gradient_noise"] = simple_noise_scale(*noise)
             for key, value in zip(("gradient_variance", "gradient_squared"), noise, strict=True):
                 record[key] = value if math.isfinite(value) else None
@@ -223,6 +228,24 @@ class RunLog:
             f"epoch {epoch:6.2f} · update {done:>6} · test loss {values['loss']:.4f} · "
             f"top-1 {values['top1']:.2%} · top-5 {values['top5']:.2%} of {values['samples']:,}"
         )
+        self._last = time.perf_counter()  # an evaluation is no part of the next update
+
+    def left_out(self, error: SampleError) -> None:
+        """List a sample that was left out, once, in this rank's RUN/left_out.RANK.txt."""
+        if str(error) not in self._named:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"left_out.{self._world.rank}.txt"
+            if not self._named and file.exists():  # from before a resume
+                self._named |= set(file.read_text("utf-8", "surrogateescape").splitlines())
+            if str(error) in self._named:
+                return
+            self._named.add(str(error))
+            with file.open("a", encoding="utf-8", errors="surrogateescape") as lines:
+                lines.write(f"{error}\n")
+
+    def _share(self) -> float:
+        """Of the training time so far, the share that this rank waited for data."""
+        return self._waited / max(self._trained, 1e-9)
 
     def end(self, reason: str, update: int) -> None:
         """Note the end and close the files; reason: finished, or stopped by a signal."""
@@ -234,7 +257,16 @@ class RunLog:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.perf_counter() - self._began
-        self.event("end", reason=reason, update=update, seconds=seconds, peak_memory_bytes=peak)
+        totals = {"seconds": seconds, "data_wait": self._share(), "left_out": self._left_out}
+        self.event("end", reason=reason, update=update, peak_memory_bytes=peak, **totals)
+        self.say(
+            f"{update:,} updates done · {self._share():.1%} of the training time was spent waiting for data"
+            + (
+                f" · {self._left_out:,} samples left out: {self._folder}/left_out.*.txt"
+                if self._left_out
+                else ""
+            )
+        )
         self.close()
 
     def close(self) -> None:
@@ -254,7 +286,8 @@ class RunLog:
             f"{record['update'] + 1:,}/{self.plan.updates:,} · global batch "
             f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
             f"g {record['noise_scale']:.4g} · {noise}{record['images_per_second']:,.0f} images/s "
-            f"(waits {record['data_wait']:.0%} for data) · loss {loss}{self._accuracy}"
+            f"(waits {record['data_wait']:.0%} for data, {self._share():.0%} in all) · loss {loss}{self._accuracy}"
+            + (f" · {self._left_out:,} samples left out" if self._left_out else "")
         )
         seen = record["samples_seen"]
         self._progress.update(self._task, completed=seen, description=text)

@@ -33,7 +33,7 @@ Triple = tuple[float, float, float]
 # told of the run, not what is computed.
 FREE_AT_RESUME: dict[str, Any] = {
     "name": True,
-    "data": {"train_samples", "threads", "prefetch"},
+    "data": {"train_samples", "threads", "prefetch", "readers", "timeout", "on_bad_sample"},
     "layout": {"micro_batch"},
     "wire": {"bucket_mb"},
     "run": {
@@ -65,10 +65,18 @@ class DataRecipe(_Section):
     """Subtracted from red, green and blue, in 0..255."""
     std: Triple
     """Then divided by, in 0..255."""
-    threads: Count = 2
-    """DALI's threads on each worker."""
+    classes: str | None = None
+    """A file with one class name a line, label 0 first; None: DATA/classes.txt, else sorted names."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """skip: an image that cannot be decoded is left out and listed; its update keeps its divisor."""
+    threads: Count | None = None
+    """DALI's threads on each worker; None: the node's cores, shared out among its workers."""
     prefetch: Count = 2
     """Micro-batches made ahead."""
+    readers: Count = 4
+    """Threads on each worker that read files."""
+    timeout: Positive = 300.0
+    """Seconds after which a read without an answer ends the run with the file's name."""
 
     @field_validator("std")
     @classmethod

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hvd_lbt.data.store import ImageFolder
+from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.plan import make_plan, render_plan
 from hvd_lbt.recipe import load_recipe
@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.set)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1 worker is needed.")
-    samples = len(ImageFolder(args.data / "train")) if args.data else recipe.data.train_samples
+    samples = len(open_train_split(args.data)) if args.data else recipe.data.train_samples
     if samples is None:
         raise UserError(
             f"data.train_samples: recipe {recipe.name} does not say how many training images there "

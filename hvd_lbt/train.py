@@ -54,7 +54,9 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`."""
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     device = local_device(world)
-    train_store, test_store = open_splits(data or write_digits())
+    train_store, test_store = open_splits(
+        data or write_digits(), recipe.data.classes, recipe.data.timeout
+    )
     plan = make_plan(recipe.schedule, len(train_store))
     state = comm.broadcast_object(
         open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None
@@ -81,8 +83,9 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         bucket_mb=recipe.wire.bucket_mb,
         max_bad_updates=recipe.run.max_bad_updates,
     )
-    sums = torch.zeros(4, device=device)  # of losses, of right answers, and two of gradient noise
-    noise = GradientNoise(model, recipe.run.noise_every, sums[2:])
+    # of losses, of right answers, of samples not left out, and two of gradient noise
+    sums = torch.zeros(5, device=device)
+    noise = GradientNoise(model, recipe.run.noise_every, sums[3:])
     trained: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
@@ -122,7 +125,10 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         micro_batch_ranges(updates, recipe, world),
         seed=recipe.run.seed,
         micro_batch=recipe.layout.micro_batch,
+        ghost_batch=recipe.layout.ghost_batch,
         device=device,
+        local_size=world.local_size,
+        left_out=log.left_out,
     )
     autocast = (
         torch.autocast(device.type, torch.bfloat16)
@@ -149,6 +155,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
             noise.add_part(len(batch.labels))
             sums[0] += losses.detach()
             sums[1] += (logits.argmax(1) == batch.labels).sum()
+            sums[2] += (batch.labels >= 0).sum()
         if count == 0:  # fewer ghost batches than workers: this one only takes part in the sum
             reducer.backward(None, last=True)
         handles = [
@@ -182,6 +189,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
                 world=world,
                 allreduce=comm.allreduce_,
                 device=device,
+                left_out=log.left_out,
             )
             log.evaluation(update, asdict(result))
             best = checkpoints.better(result.top1)

@@ -1,52 +1,75 @@
 """DALI turns sample positions into batches: read, cut out, decode, resize, flip, normalise.
 
-Every random number comes from `order.sample_uniforms` and enters DALI as an input, so the pixels
-of a sample are a function of (seed, epoch, position) alone: not of the micro-batch, the number of
-workers, the threads, or where a run was resumed.
+Every random number comes from `order.sample_uniforms`, every cut is computed in `cuts`, and both
+enter DALI as inputs, so the pixels of a sample are a function of (seed, epoch, position) alone: not
+of the micro-batch, the number of workers, the threads, or where a run was resumed.
 """
 
 import io
 import itertools
-import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from hvd_lbt.data.cuts import DRAWS, FLIP, centre_cuts, pad_cuts, random_cuts
 from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
-from hvd_lbt.data.store import ImageFolder
-from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.data.reading import Readers
+from hvd_lbt.data.store import Encoded, Store
+from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import DataRecipe
 
 try:
     from nvidia.dali import Pipeline, fn, types
-    from nvidia.dali import math as dali_math
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI makes the images, and it does not import ({error}). "
         "`launch/setup` installs the build that fits; `hvd_lbt doctor` says what is missing."
     ) from error
 
-# The uniforms of one sample, by place. Unused ones are drawn all the same.
-AREA, RATIO, LEFT, TOP, FLIP, DRAWS = 0, 1, 2, 3, 4, 8
+READ_AT_ONCE = 8  # samples that one task of a reader reads: handing tasks over has its price
+LEFT_OUT = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,)."""
+    """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,), LEFT_OUT where a sample was bad."""
 
     images: Tensor
     labels: Tensor
 
 
+@dataclass
+class _Read:
+    """Some samples of a micro-batch that one reader reads, one after the other."""
+
+    indices: np.ndarray
+    future: Future
+    done: list[Encoded | SampleError]
+
+
+@dataclass
+class _Work:
+    """A micro-batch on its way."""
+
+    indices: np.ndarray
+    uniforms: np.ndarray
+    reads: list[_Read]
+    samples: list[Encoded]
+    left_out: set[int]  # places within the micro-batch
+
+
 class TrainSamples:
     """The stream of training samples, epoch after epoch, each in its own order."""
 
-    def __init__(self, store: ImageFolder, seed: int):
+    def __init__(self, store: Store, seed: int):
         self.store, self.seed = store, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -60,116 +83,261 @@ class TrainSamples:
         return np.concatenate(pieces)
 
     def uniforms(self, first: int, count: int) -> np.ndarray:
-        """Their random numbers: fp32 (count, DRAWS) in [0, 1)."""
+        """Their random numbers: fp64 (count, DRAWS) in [0, 1)."""
         pieces = [
             sample_uniforms(self.seed, epoch, position, length, DRAWS)
             for epoch, position, length in stream_ranges(first, count, len(self.store))
         ]
-        # fp32 could round up to 1.0, which would be a position past the end
-        return np.minimum(np.concatenate(pieces), 1 - 2**-24).astype(np.float32)
+        return np.concatenate(pieces)
 
 
 def train_batches(
-    store: ImageFolder,
+    store: Store,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
     *,
     seed: int,
     micro_batch: int,
+    ghost_batch: int,
     device: torch.device,
+    local_size: int = 1,
+    left_out: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first sample of the stream, count ≤ micro_batch) of `ranges`, in order.
 
-    Raises SampleError naming the first file that cannot be read or decoded.
+    Ranges begin at a multiple of `ghost_batch` of their update. local_size: workers that share this
+    node's cores. Raises SampleError naming the first image that cannot be decoded; with
+    on_bad_sample: skip that error goes to `left_out`, and the sample's place has the label LEFT_OUT
+    and the image of another sample of its ghost batch, so that statistics are of images.
+    Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
     samples = TrainSamples(store, seed)
-
-    # DALI warns of an input that the graph does not use.
-    uniforms = samples.uniforms if data.augment != "none" or data.flip else None
-    return _run(store, data, ranges, samples.indices, uniforms, _augmented, micro_batch, device)
+    maker = _Maker(store, data, _Augmented(data), micro_batch, ghost_batch, device, local_size)
+    return maker.batches(ranges, samples.indices, samples.uniforms, left_out)
 
 
-def test_batches(
-    store: ImageFolder,
+def evaluation_batches(
+    store: Store,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
     *,
     micro_batch: int,
     device: torch.device,
+    local_size: int = 1,
+    left_out: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
 
     def indices(first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count)
 
-    return _run(store, data, ranges, indices, None, _plain, micro_batch, device)
+    def uniforms(first: int, count: int) -> np.ndarray:
+        return np.empty((count, 0))
+
+    maker = _Maker(store, data, _Plain(data), micro_batch, micro_batch, device, local_size)
+    return maker.batches(ranges, indices, uniforms, left_out)
 
 
 def decode_one(image: np.ndarray, size: int) -> Tensor:
     """A check of DALI: encode (H, W, 3) as PNG, and have it decoded and resized to (3, size, size)."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    encoded = np.frombuffer(file.getvalue(), dtype=np.uint8)
     data = DataRecipe(image_size=size, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
-    one_sample = ([encoded], [np.zeros(1, dtype=np.int64)])
-    images, _ = _build(data, _plain, itertools.repeat(one_sample), False, 1, 1, 1).run()
+    source = itertools.repeat(([_png(image).data],))
+    (images,) = _build(data, _Plain(data), source, 1, 1, 1, torch.device("cpu")).run()
     return torch.from_dlpack(images.as_tensor())[0].clone()
 
 
-def _run(
-    store: ImageFolder,
-    data: DataRecipe,
-    ranges: Iterable[tuple[int, int]],
-    indices_of: Callable[[int, int], np.ndarray],
-    uniforms_of: Callable[[int, int], np.ndarray] | None,
-    graph: Callable,
-    micro_batch: int,
-    device: torch.device,
-) -> Iterator[Batch]:
-    todo = iter(ranges)
-    in_flight: deque[np.ndarray] = deque()  # what DALI has been given and not yet handed back
+@dataclass
+class _Maker:
+    """Makes micro-batches from a store with one DALI pipeline, whatever their sizes."""
 
-    def source() -> tuple:
-        first, count = next(todo)
-        indices = indices_of(first, count)
-        in_flight.append(indices)
-        encoded = [store.read(int(index)) for index in indices]
-        labels = list(store.labels[indices].reshape(-1, 1))
-        uniforms = () if uniforms_of is None else (uniforms_of(first, count),)
-        return encoded, labels, *uniforms
+    store: Store
+    data: DataRecipe
+    graph: "_Augmented | _Plain"
+    micro_batch: int
+    ghost_batch: int
+    device: torch.device
+    local_size: int
 
-    draws = uniforms_of is not None
-    pipeline = _build(data, graph, source, draws, micro_batch, data.threads, data.prefetch)
-    while True:
+    def batches(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        indices_of: Callable[[int, int], np.ndarray],
+        uniforms_of: Callable[[int, int], np.ndarray],
+        left_out: Callable[[SampleError], None] | None,
+    ) -> Iterator[Batch]:
+        """See `train_batches`."""
+        self._left_out = left_out if self.data.on_bad_sample == "skip" else None
+        readers = Readers(self.data.readers)
+        begun = (self._begin(indices_of(*part), uniforms_of(*part), readers) for part in ranges)
+        reading: deque[_Work] = deque()
+        decoding: deque[_Work] = deque()  # given to DALI and not yet handed back
+        again: deque[_Work] = deque()  # to be given to a new pipeline
+
+        def source() -> tuple:
+            if again:
+                work = again.popleft()
+            else:
+                # reads of the next micro-batches go on while this one is waited for
+                reading.extend(itertools.islice(begun, 1 + self.data.prefetch - len(reading)))
+                if not reading:
+                    raise StopIteration
+                work = reading.popleft()
+                self._finish(work)
+            decoding.append(work)
+            return self._inputs(work, range(len(work.samples)))
+
+        pipeline = self._pipeline(source)
         try:
-            images, labels = pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise _name_the_file(store, data, in_flight, error) from error
-        in_flight.popleft()
-        # DALI takes its buffers back at the next run: labels are copied, images move or are copied.
-        yield Batch(
-            torch.from_dlpack(images.as_tensor()).to(device, copy=True),
-            torch.from_dlpack(labels.as_tensor()).flatten().to(device, copy=True),
-        )
+            while True:
+                try:
+                    (images,) = pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    del pipeline  # its threads must not decode while its samples are tried singly
+                    if not self._find_undecodable(decoding):
+                        raise error
+                    again.extend(decoding)
+                    decoding.clear()
+                    pipeline = self._pipeline(source)
+                    continue
+                work = decoding.popleft()
+                labels = self.store.labels[work.indices]
+                labels[list(work.left_out)] = LEFT_OUT
+                # DALI's dynamic executor, its default, leaves outputs alone as long as they are held.
+                yield Batch(
+                    torch.from_dlpack(images.as_tensor()),
+                    torch.from_numpy(labels).to(self.device),
+                )
+        finally:
+            readers.close()
+
+    def _pipeline(self, source: Callable) -> Pipeline:
+        threads = self.data.threads or max(1, len(os.sched_getaffinity(0)) // self.local_size)
+        limits = (self.micro_batch, threads, self.data.prefetch)
+        return _build(self.data, self.graph, source, *limits, self.device)
+
+    def _inputs(self, work: _Work, places: range) -> tuple:
+        """What DALI is given: encoded bytes, and the numbers of `graph`."""
+        samples = [work.samples[place] for place in places]
+        sizes = np.array([(sample.height, sample.width) for sample in samples], dtype=np.int64)
+        numbers = self.graph.numbers(sizes, work.uniforms[places.start : places.stop])
+        return [sample.data for sample in samples], *numbers
+
+    def _begin(self, indices: np.ndarray, uniforms: np.ndarray, readers: Readers) -> _Work:
+        reads = []
+        for at in range(0, len(indices), READ_AT_ONCE):
+            some, done = indices[at : at + READ_AT_ONCE], list[Encoded | SampleError]()
+            reads.append(_Read(some, readers.submit(self._read, some, done), done))
+        return _Work(indices, uniforms, reads, [], set())
+
+    def _read(self, indices: np.ndarray, done: list[Encoded | SampleError]) -> None:
+        for index in map(int, indices):
+            try:
+                done.append(self.store.image(index))
+            except ReadError:
+                raise
+            except SampleError as error:
+                done.append(error)
+
+    def _finish(self, work: _Work) -> None:
+        """Wait for the bytes of a micro-batch; what is bad is left out, or raised."""
+        for read in work.reads:
+            before = -1
+            while True:
+                try:
+                    read.future.result(self.data.timeout)
+                    break
+                except TimeoutError as error:
+                    if before < len(read.done) < len(read.indices):
+                        before = len(read.done)
+                        continue
+                    name = self.store.name(int(read.indices[len(read.done)]))
+                    raise ReadError(
+                        f"{name} was not read within {self.data.timeout:g} s (data.timeout): does "
+                        "its storage answer?"
+                    ) from error
+            for sample in read.done:
+                if isinstance(sample, SampleError):
+                    self._leave_out(work, len(work.samples), sample)
+                    sample = NOTHING
+                work.samples.append(sample)
+        work.reads.clear()
+        self._fill(work)
+
+    def _leave_out(self, work: _Work, place: int, error: SampleError) -> None:
+        if self._left_out is None:
+            raise error
+        work.left_out.add(place)
+        self._left_out(error)
+
+    def _fill(self, work: _Work) -> None:
+        """Give each place that was left out the bytes of the next good one in its ghost batch."""
+        for place in work.left_out:
+            start = place - place % self.ghost_batch
+            group = range(start, min(start + self.ghost_batch, len(work.samples)))
+            good = [other for other in group if other not in work.left_out]
+            donor = next((other for other in good if other > place), good[0] if good else None)
+            work.samples[place] = GREY if donor is None else work.samples[donor]
+
+    def _find_undecodable(self, works: Iterable[_Work]) -> bool:
+        """Decode what was in flight one by one, to find what DALI's error for a batch does not name."""
+        found = False
+        for work in works:
+            for place, index in enumerate(map(int, work.indices)):
+                if place in work.left_out:
+                    continue
+                source = itertools.repeat(self._inputs(work, range(place, place + 1)))
+                one = _build(self.data, self.graph, source, 1, 1, 1, self.device)
+                try:
+                    one.run()
+                except RuntimeError as reason:
+                    found = True
+                    what = f"{self.store.name(index)} cannot be decoded as an image"
+                    bad = SampleError(f"{what} ({_cause(reason)}). Replace or remove it.")
+                    self._leave_out(work, place, bad)
+            self._fill(work)
+        return found
+
+
+def _png(image: np.ndarray) -> Encoded:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    data = np.frombuffer(file.getvalue(), dtype=np.uint8)
+    return Encoded(data, *image.shape[:2])
+
+
+NOTHING = Encoded(np.empty(0, dtype=np.uint8), 0, 0)
+GREY = _png(np.full((1, 1, 3), 128, dtype=np.uint8))
 
 
 def _build(
     data: DataRecipe,
-    graph: Callable,
+    graph: "_Augmented | _Plain",
     source: Callable | Iterable,
-    draws: bool,
     batch: int,
     threads: int,
     prefetch: int,
+    device: torch.device,
 ) -> Pipeline:
+    """With a GPU, JPEGs are decoded there (nvJPEG) and everything after it runs there too."""
+    on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=prefetch
+        batch_size=batch,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=prefetch,
     )
     with pipeline:
-        encoded, label, *uniforms = fn.external_source(source=source, num_outputs=2 + draws)
-        images, mirror = graph(data, encoded, *uniforms)
+        encoded, *numbers = fn.external_source(source=source, num_outputs=1 + graph.inputs)
+        # EXIF's rotation is ignored, as by torchvision and timm. nvJPEG is told to upsample chroma as
+        # libjpeg-turbo does.
+        decoding = {
+            "device": "mixed" if on_gpu else "cpu",
+            "adjust_orientation": False,
+            "jpeg_fancy_upsampling": True,
+        }
+        images, mirror = graph(encoded, decoding, *numbers)
         images = fn.crop_mirror_normalize(
             images,
             mirror=mirror,
@@ -178,84 +346,70 @@ def _build(
             dtype=types.FLOAT,
             output_layout="CHW",
         )
-        pipeline.set_outputs(images, label)
+        pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
 
-def _augmented(data: DataRecipe, encoded, uniforms=None):
-    """Decoded, cut out and sized training images, and whether to mirror each."""
-    size = data.image_size
-    if data.augment == "random_resized_crop":
-        images = fn.resize(_random_cut(encoded, uniforms), resize_x=size, resize_y=size)
-    else:
-        images = fn.resize(fn.decoders.image(encoded), resize_x=size, resize_y=size)
-    if data.augment == "pad_crop":
-        offset = dali_math.floor(uniforms[LEFT : TOP + 1] * (2 * data.pad + 1)) - data.pad
-        images = fn.slice(
-            images,
-            offset,
-            [float(size), float(size)],
-            axis_names="WH",
-            normalized_anchor=False,
-            normalized_shape=False,
-            out_of_bounds_policy="pad",
-            fill_values=0,
-        )
-    mirror = fn.cast(uniforms[FLIP] >= 0.5, dtype=types.INT32) if data.flip else 0
-    return images, mirror
+class _Augmented:
+    """Training images: cut out, sized, and whether to mirror each."""
+
+    def __init__(self, data: DataRecipe):
+        self._data = data
+        # DALI warns of an input that the graph does not use.
+        cuts = {"random_resized_crop": 2, "pad_crop": 1, "none": 0}[data.augment]
+        self.inputs = cuts + data.flip
+
+    def numbers(self, sizes: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The inputs of the graph beside the images, one row a sample."""
+        cuts: tuple[np.ndarray, ...] = ()
+        if self._data.augment == "random_resized_crop":
+            cuts = random_cuts(sizes, uniforms)
+        elif self._data.augment == "pad_crop":
+            cuts = (pad_cuts(uniforms, self._data.pad),)
+        mirror = ((uniforms[:, FLIP] >= 0.5).astype(np.int32),) if self._data.flip else ()
+        return *(np.ascontiguousarray(cut, np.float32) for cut in cuts), *mirror
+
+    def __call__(self, encoded, decoding: dict, *numbers):
+        """DALI's graph: images, mirror."""
+        size = self._data.image_size
+        mirror = numbers[-1] if self._data.flip else 0
+        in_pixels: dict[str, Any] = {
+            "axis_names": "WH",
+            "normalized_anchor": False,
+            "normalized_shape": False,
+        }
+        if self._data.augment == "random_resized_crop":
+            images = fn.decoders.image_slice(encoded, *numbers[:2], **in_pixels, **decoding)
+            return fn.resize(images, resize_x=size, resize_y=size), mirror
+        images = fn.resize(fn.decoders.image(encoded, **decoding), resize_x=size, resize_y=size)
+        if self._data.augment == "pad_crop":
+            shape = [float(size), float(size)]
+            padding: dict[str, Any] = {"out_of_bounds_policy": "pad", "fill_values": 0}
+            images = fn.slice(images, numbers[0], shape, **in_pixels, **padding)
+        return images, mirror
 
 
-def _random_cut(encoded, uniforms):
-    """Inception's cut: 8 % to 100 % of the area, aspect ratio 3/4 to 4/3, uniform in its logarithm.
+class _Plain:
+    """Test images: the centre of the image resized to `eval_resize`, if set; else all of it."""
 
-    torchvision draws anew when the cut does not fit; here its sides are cropped to the image's,
-    so that each sample needs a fixed number of random draws.
-    """
-    shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-    height, width = shape[0], shape[1]
-    area = height * width * (0.08 + 0.92 * uniforms[AREA])
-    log_ratio = math.log(4 / 3)
-    ratio = dali_math.exp((2 * uniforms[RATIO] - 1) * log_ratio)
-    cut_width = dali_math.clamp(dali_math.floor(dali_math.sqrt(area * ratio) + 0.5), 1.0, width)
-    cut_height = dali_math.clamp(dali_math.floor(dali_math.sqrt(area / ratio) + 0.5), 1.0, height)
-    left = dali_math.floor(uniforms[LEFT] * (width - cut_width + 1))
-    top = dali_math.floor(uniforms[TOP] * (height - cut_height + 1))
-    return fn.decoders.image_slice(
-        encoded,
-        fn.stack(left, top),
-        fn.stack(cut_width, cut_height),
-        axis_names="WH",
-        normalized_anchor=False,
-        normalized_shape=False,
-    )
+    def __init__(self, data: DataRecipe):
+        self._data = data
+        self.inputs = 0 if data.eval_resize is None else 2
 
+    def numbers(self, sizes: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The inputs of the graph beside the images, one row a sample."""
+        if self._data.eval_resize is None:
+            return ()
+        cuts = centre_cuts(sizes, self._data.eval_resize, self._data.image_size)
+        return tuple(np.ascontiguousarray(cut, np.float32) for cut in cuts)
 
-def _plain(data: DataRecipe, encoded):
-    """Decoded and sized test images: the centre of the image resized to `eval_resize`, if set."""
-    images = fn.decoders.image(encoded)
-    size = data.image_size
-    if data.eval_resize is None:
-        return fn.resize(images, resize_x=size, resize_y=size), 0
-    images = fn.resize(images, resize_shorter=data.eval_resize)
-    return fn.crop(images, crop=(size, size)), 0
-
-
-def _name_the_file(
-    store: ImageFolder, data: DataRecipe, in_flight: Iterable[np.ndarray], error: RuntimeError
-) -> Exception:
-    """Decode what was in flight one by one, to name the file that DALI's batch error does not."""
-    for index in np.concatenate(list(in_flight)):
-        one_sample = ([store.read(int(index))], [np.zeros(1, dtype=np.int64)])
-        one = _build(data, _plain, itertools.repeat(one_sample), False, 1, 1, 1)
-        try:
-            one.run()
-        except RuntimeError as reason:
-            return SampleError(
-                f"{store.path(int(index))} cannot be decoded as an image ({_cause(reason)}). "
-                "Replace or remove it."
-            )
-    return error
+    def __call__(self, encoded, decoding: dict, *roi):
+        """DALI's graph: images, no mirror. Only the part that is cut out is computed."""
+        size = self._data.image_size
+        part = dict(zip(("roi_start", "roi_end"), roi, strict=False))
+        images = fn.decoders.image(encoded, **decoding)
+        return fn.resize(images, resize_x=size, resize_y=size, **part), 0
 
 
 def _cause(error: RuntimeError) -> str:

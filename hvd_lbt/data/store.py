@@ -1,118 +1,266 @@
-"""Where encoded images and their labels come from: sample index → bytes, label."""
+"""Where encoded images and their labels come from: sample index → bytes, label, name.
 
+One store for all formats: the index says where each sample's bytes lie, so that a sample is one
+positional read. The bytes are checked before anyone decodes them.
+"""
+
+import errno
 import io
 import os
+import threading
+from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.data.formats import join_recordio
+from hvd_lbt.data.index import Index, open_index
+from hvd_lbt.errors import ReadError, SampleError, UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # by content, as PIL names them
+IMAGE_FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # by content, as PIL names them
+CLASSES_FILE = "classes.txt"
+OPEN_SHARDS = 128  # kept open at once by a process, of 1,024 that many systems allow it
+TIMEOUT = 300.0
+# What is wrong with one file. Any other failure of a read is the storage's, and is never skipped.
+FILES_OWN = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
-class ImageFolder:
-    """A folder in ImageNet's layout, CLASS/FILE; samples ordered by class name, then file name.
+class Encoded(NamedTuple):
+    """An image file's bytes, uint8, and the size it will have before EXIF could turn it."""
 
-    root: the folder of one split. classes: the names that give labels 0, 1, …; None takes the
-    sorted class folders found here (the training split); the test split is given the training's.
-    Raises UserError for a missing folder, one without images, or a class that is not in `classes`.
+    data: np.ndarray
+    height: int
+    width: int
+
+
+class Store:
+    """The samples of one split, in the index's order.
+
+    classes: the names that give labels 0, 1, …; None takes `named`, or else those found here, sorted
+    (numbers as numbers). The test split is given the training split's. named: the names in the data
+    set's classes file, which shards' numbers stand for. labels: int64 (n,). Raises UserError for a
+    class that is not in `classes`.
     """
 
-    def __init__(self, root: Path, classes: tuple[str, ...] | None = None):
-        if not root.is_dir():
-            raise UserError(f"{root} is no folder. Images are expected as {root}/CLASS/FILE.")
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.root = root
-        self.classes = tuple(found) if classes is None else classes
-        unknown = [name for name in found if name not in set(self.classes)]
+    def __init__(
+        self,
+        index: Index,
+        classes: tuple[str, ...] | None = None,
+        named: tuple[str, ...] | None = None,
+    ):
+        self.index = index
+        found = [_class_name(token, named, index.root) for token in index.token_names]
+        if classes is None:
+            numbers = all(isinstance(token, int) for token in index.token_names)
+            classes = named or tuple(sorted(found, key=int if numbers else os.fsencode))
+        self.classes = classes
+        label_of = {name: label for label, name in enumerate(classes)}
+        unknown = sorted(set(found) - set(label_of))
         if unknown:
             raise UserError(
-                f"{root} has the class folder {unknown[0]!r}"
+                f"{index.root} has the class {unknown[0]!r}"
                 + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-                + f", which the training folder does not have; its {len(self.classes)} classes are "
-                f"{', '.join(self.classes[:5])}{', …' if len(self.classes) > 5 else ''}. "
-                "Both splits must use the same class names."
+                + f", which is not among the {len(classes)} classes of the training images, "
+                f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}. "
+                f"Both splits must use the same class names, those of {CLASSES_FILE} where there is one."
             )
-        label_of = {name: label for label, name in enumerate(self.classes)}
-        self.files: list[str] = []
-        labels: list[int] = []
-        for name in found:
-            files = sorted(
-                entry.name
-                for entry in os.scandir(root / name)
-                if os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()
-            )
-            self.files += [f"{name}/{file}" for file in files]
-            labels += [label_of[name]] * len(files)
-        if not self.files:
-            raise UserError(
-                f"{root} has no images: {len(found)} class folders and no file that ends in "
-                f"{', '.join(sorted(SUFFIXES))}. The layout is {root}/CLASS/FILE."
-            )
-        self.labels = np.array(labels, dtype=np.int64)
+        table = np.array([label_of[name] for name in found], dtype=np.int64)
+        self.labels = table[index.tokens]
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.index)
 
-    def path(self, index: int) -> Path:
-        """The file of sample `index`."""
-        return self.root / self.files[index]
+    def name(self, index: int) -> str:
+        """What errors call sample `index`: its file, or its shard and where it lies there."""
+        extents = self.index.extents
+        if extents is None:
+            return str(self.index.root / self.index.files[index])
+        shard, offset, _ = map(int, extents[index])
+        file = str(self.index.root / self.index.files[shard])
+        if self.index.kind == "webdataset":
+            try:  # the member's name is in the block before its bytes
+                member = self._shard(shard).read(100, offset - 512).partition(b"\0")[0]
+                return f"{file}:{os.fsdecode(member)}"
+            except OSError:
+                pass
+        return f"{file} (sample {index:,}, byte {offset:,})"
 
-    def read(self, index: int) -> np.ndarray:
-        """The encoded bytes of sample `index`, uint8. Raises SampleError if it cannot be read."""
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of sample `index`, as they are.
+
+        Raises SampleError for a file that is there and cannot be read, ReadError if the storage fails.
+        """
         try:
-            encoded = np.fromfile(self.path(index), dtype=np.uint8)
+            if self.index.extents is None:
+                return (self.index.root / self.index.files[index]).read_bytes()
+            shard, offset, length = map(int, self.index.extents[index])
+            data = self._shard(shard).read(abs(length), offset)
         except OSError as error:
-            raise SampleError(f"{self.path(index)} cannot be read: {error.strerror}.") from error
-        fault = find_fault(encoded)
+            raise self._failure(index, error) from error
+        if len(data) < abs(length):
+            raise ReadError(
+                f"{self.name(index)} is not there any more: the shard has become shorter."
+            )
+        return data if length >= 0 else join_recordio(data)
+
+    def image(self, index: int) -> Encoded:
+        """The image of sample `index`, or a SampleError if its bytes are no whole image."""
+        data = self.read(index)
+        fault, height, width = examine(data)
         if fault:
             raise SampleError(
-                f"{self.path(index)} is no whole image: {fault}. Replace or remove it."
+                f"{self.name(index)} is no whole image: {fault}. Replace or remove it."
             )
-        return encoded
+        return Encoded(np.frombuffer(data, dtype=np.uint8), height, width)
+
+    def _failure(self, index: int, error: OSError) -> SampleError:
+        name = self.name(index)
+        if error.errno in FILES_OWN:
+            return SampleError(f"{name} cannot be read: {error.strerror}.")
+        if isinstance(error, FileNotFoundError):
+            if os.path.lexists(name):
+                return SampleError(f"{name} is a link to a file that is not there.")
+            return ReadError(f"{name} has vanished since the data was indexed.")
+        return ReadError(f"{name} cannot be read: {error.strerror}.")
+
+    def _shard(self, shard: int) -> "_Descriptor":
+        with self._lock:
+            descriptor = self._open.get(shard)
+        if descriptor is None:  # outside of the lock: opening may take long
+            descriptor = _Descriptor(self.index.root / self.index.files[shard])
+        with self._lock:
+            self._open[shard] = descriptor
+            self._open.move_to_end(shard)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return descriptor
 
 
-def find_fault(encoded: np.ndarray) -> str:
-    """What is wrong with these bytes of an image file, "" if nothing shows without decoding.
+class _Descriptor:
+    """An open file; closed when the last thread that reads it lets go."""
 
-    DALI 2.4 often ends with signal 11 instead of an error when one image of a batch fails to decode,
-    so that text, cut-off files and foreign formats must be found before it gets them. 0.15 ms for a
-    JPEG of ImageNet, some 3 % of its decoding.
+    def __init__(self, file: Path):
+        self._number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, count: int, offset: int) -> bytes:
+        return os.pread(self._number, count, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+def _class_name(token: int | str, named: tuple[str, ...] | None, root: Path) -> str:
+    """Shards' numbers stand for lines of the classes file, where there is one."""
+    if named is None or isinstance(token, str):
+        return str(token)
+    if token >= len(named):
+        raise UserError(
+            f"{root} has the label {token}, and the classes file has {len(named)} names, for the "
+            f"labels 0 … {len(named) - 1}."
+        )
+    return named[token]
+
+
+def examine(data: bytes) -> tuple[str, int, int]:
+    """What is wrong with these bytes of an image file ("" if nothing shows undecoded); height, width.
+
+    DALI's decoder must not get what is no image: one such sample fails its whole batch. 6 µs for a
+    JPEG of ImageNet.
     """
-    data = encoded.tobytes()
     if not data:
-        return "the file is empty"
+        return "the file is empty", 0, 0
+    size = _size_of_whole_jpeg(data)
+    if size is not None:
+        return "", *size
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind = image.format
+            kind, (width, height) = image.format, image.size
             if kind == "PNG":
                 image.verify()  # the checksums of its chunks
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return (
-            "it cannot be identified" if isinstance(error, UnidentifiedImageError) else str(error)
-        )
-    if kind not in FORMATS:
-        return f"it is {kind}, allowed are {', '.join(sorted(FORMATS))}"
+        unknown = isinstance(error, UnidentifiedImageError)
+        return "it cannot be identified" if unknown else str(error), 0, 0
+    fault = ""
+    if kind not in IMAGE_FORMATS:
+        fault = f"it is {kind}, allowed are {', '.join(sorted(IMAGE_FORMATS))}"
     # Within a scan these two bytes cannot occur: a scan without an end was cut off.
-    if kind == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        return "the JPEG is cut off"
-    return ""
+    elif kind in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        fault = "the JPEG is cut off"
+    return fault, height, width
 
 
-def open_splits(data: Path) -> tuple[ImageFolder, ImageFolder]:
-    """The training and test splits of `data`: DATA/train and DATA/test (or DATA/val)."""
+def _size_of_whole_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Height and width if this is plainly a whole JPEG: segments up to a scan, and an end at the end.
+
+    None means that nothing is known.
+    """
+    if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
+        return None
+    at, end, size = 2, len(data), None
+    while at + 9 < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # start of scan
+            return size
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+            size = (height, width) if height and width else None
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:
+            return None
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+def open_splits(
+    data: Path, classes_file: str | Path | None = None, timeout: float = TIMEOUT
+) -> tuple[Store, Store]:
+    """The training and test splits of `data`, whatever their format.
+
+    classes_file: one class name a line; the n-th line's has label n, from 0. None: DATA/classes.txt, if there is one.
+    """
+    train = open_train_split(data, classes_file, timeout)
+    return train, open_test_split(data, train.classes, classes_file, timeout)
+
+
+def open_train_split(
+    data: Path, classes_file: str | Path | None = None, timeout: float = TIMEOUT
+) -> Store:
+    """The training split; its classes are the data set's."""
     if not data.is_dir():
         raise UserError(
             f"--data {data}: there is no such folder. It must hold train/CLASS/FILE and "
-            "test/CLASS/FILE (or val/…); without --data the built-in digits are used."
+            "test/CLASS/FILE (or val/…), or shards; without --data the built-in digits are used."
         )
-    train = ImageFolder(data / "train")
-    return train, open_test_split(data, train.classes)
+    return Store(open_index(data, "train", timeout), named=read_classes(data, classes_file))
 
 
-def open_test_split(data: Path, classes: tuple[str, ...]) -> ImageFolder:
-    """DATA/test, or DATA/val where there is none, with the training split's classes."""
-    return ImageFolder(data / ("test" if (data / "test").is_dir() else "val"), classes)
+def open_test_split(
+    data: Path,
+    classes: tuple[str, ...],
+    classes_file: str | Path | None = None,
+    timeout: float = TIMEOUT,
+) -> Store:
+    """The test split (DATA/test, or DATA/val where there is none) with the training's classes."""
+    return Store(open_index(data, "test", timeout), classes, read_classes(data, classes_file))
+
+
+def read_classes(data: Path, file: str | Path | None) -> tuple[str, ...] | None:
+    """The names in `file`, else in DATA/classes.txt, else None. Raises UserError for one given twice."""
+    chosen = Path(file or data / CLASSES_FILE)
+    if file is None and not chosen.exists():
+        return None
+    try:
+        names = chosen.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The classes file {chosen} cannot be read ({error}).") from error
+    if not all(names) or len(set(names)) < len(names):
+        twice = next((name for name, count in Counter(names).most_common(1)), "")
+        raise UserError(
+            f"The classes file {chosen} has {'an empty line' if not all(names) else f'{twice!r} twice'}"
+            "; it must have one name a line, each once: the first is label 0."
+        )
+    return tuple(names)

@@ -183,7 +183,7 @@ def test_bad_folders_and_settings_are_one_paragraph(start, digits, tmp_path):
     cases = [
         (train(data=tmp_path / "nowhere", out=out), "there is no such folder"),
         (train(data=tmp_path / "empty", out=out), "has no images"),
-        (train(data=tmp_path / "extra", out=out), "has the class folder 'eleven'"),
+        (train(data=tmp_path / "extra", out=out), "has the class 'eleven'"),
         (train("foo.bar=1", out=out), "foo: there is no such key"),
         (train("schedule.global_batch=0", out=out), "schedule.global_batch: 0 is not allowed"),
         (train("schedule.momentum=1", out=out), "schedule.momentum: 1 is not allowed"),

@@ -1,0 +1,42 @@
+"""Threads that read, so that no one waits for the storage longer than allowed."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class Readers:
+    """`count` threads. A read that the storage never answers holds one of them, never the process:
+
+    unlike a ThreadPoolExecutor's, they do not keep the interpreter from ending.
+    """
+
+    def __init__(self, count: int):
+        self._todo: queue.SimpleQueue[tuple[Future, Callable, tuple] | None] = queue.SimpleQueue()
+        self._count = count
+        for number in range(count):
+            threading.Thread(target=self._work, name=f"reader {number}", daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Call it in one of the threads; the future has its result or what it raised."""
+        future: Future = Future()
+        self._todo.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        """Let the threads end once what was submitted is done."""
+        for _ in range(self._count):
+            self._todo.put(None)
+
+    def _work(self) -> None:
+        while (task := self._todo.get()) is not None:
+            future, function, arguments = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # it is raised where the result is asked for
+                future.set_exception(error)
+            del future, function, arguments, task  # an image is not to be kept until the next one

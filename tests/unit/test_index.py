@@ -1,0 +1,183 @@
+"""The index: built once, trusted while the data is as it was, built anew and said when it changed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import encoded, write_folder, write_shards
+
+from hvd_lbt.data import index as index_module
+from hvd_lbt.data.index import Names, open_index
+from hvd_lbt.data.store import open_train_split
+from hvd_lbt.errors import ReadError, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def age(data: Path) -> None:
+    """As if everything had been written long ago."""
+    for path in [*data.rglob("*"), data]:
+        os.utime(path, (1e9, 1e9), follow_symlinks=False)
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    age(write_folder(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_names_of_any_bytes_come_back():
+    names = [b"a", "ü ☃".encode(), b"", b"\xff\xfe not utf-8", b"x" * 300]
+    packed = Names.of(names)
+    assert len(packed) == 5
+    assert [os.fsencode(packed[index]) for index in range(5)] == names
+
+
+def test_an_index_is_built_once_and_says_where_it_is(old, capfd):
+    first = open_train_split(old)
+    said = capfd.readouterr().err
+    assert f"Indexed {old}/train: 23 images, 4 classes, folder, in" in said
+    assert f"kept in {old}/.hvd_lbt/train.npz" in said
+    second = open_train_split(old)
+    assert capfd.readouterr().err == ""
+    assert np.array_equal(first.labels, second.labels)
+    assert [first.name(index) for index in range(23)] == [second.name(index) for index in range(23)]
+
+
+def change(data: Path, how: str) -> None:
+    classes = sorted((data / "train").iterdir())
+    match how:
+        case "new file":
+            (classes[0] / "new.png").write_bytes(encoded("PNG"))
+        case "file gone":
+            next(classes[1].iterdir()).unlink()
+        case "file renamed":
+            file = next(classes[2].iterdir())
+            file.rename(file.with_name("0.JPEG"))
+        case "new class":
+            (data / "train/new").mkdir()
+            (data / "train/new/1.png").write_bytes(encoded("PNG"))
+        case "class renamed":
+            classes[3].rename(data / "train/a class")
+
+
+@pytest.mark.parametrize(
+    "how", ["new file", "file gone", "file renamed", "new class", "class renamed"]
+)
+def test_a_changed_folder_is_indexed_anew(how, old, capfd):
+    open_train_split(old)
+    change(old, how)
+    capfd.readouterr()
+    again = open_train_split(old)
+    assert "anew: the data changed since" in capfd.readouterr().err
+    found = sorted(str(file) for file in (old / "train").rglob("*.*"))
+    assert sorted(again.name(index) for index in range(len(again))) == found
+
+
+def test_a_changed_shard_is_indexed_anew(tmp_path, capfd):
+    images = [(encoded("PNG", number), number % 2) for number in range(6)]
+    write_shards("webdataset", tmp_path / "train", images, 2)
+    age(tmp_path)
+    assert len(open_train_split(tmp_path)) == 6
+    write_shards("webdataset", tmp_path / "train", images[:4], 2)
+    assert len(open_train_split(tmp_path)) == 4
+    assert "anew: the data changed since" in capfd.readouterr().err
+
+
+def test_data_that_changed_a_moment_before_is_looked_at_once_more(tmp_path, capfd):
+    # within one tick of the storage's clock a change leaves no trace
+    data = write_folder(tmp_path)
+    open_train_split(data)
+    open_train_split(data)
+    assert "anew: the data changed while" in capfd.readouterr().err
+
+
+def test_a_damaged_index_is_built_anew(old, capfd):
+    open_train_split(old)
+    file = old / ".hvd_lbt/train.npz"
+    for damaged in (b"", b"nonsense", file.read_bytes()[:-200]):
+        file.write_bytes(damaged)
+        assert len(open_train_split(old)) == 23
+        assert "is damaged" in capfd.readouterr().err
+
+
+def test_data_that_cannot_be_written_is_indexed_in_the_cache_folder(old, tmp_path, monkeypatch):
+    # root may write everywhere: the kernel's answer to others is put in its place
+    monkeypatch.setattr(index_module.os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(open_train_split(old)) == 23
+    assert not (old / ".hvd_lbt").exists()
+    assert len(list((tmp_path / "cache").rglob("train.npz"))) == 1
+
+
+OPEN = "import sys; from pathlib import Path; from hvd_lbt.data.store import open_train_split; "
+OPEN += "print(len(open_train_split(Path(sys.argv[1]))))"
+
+
+def begin(data: Path) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", OPEN, str(data)]
+    return subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
+
+
+def test_of_many_processes_one_builds(tmp_path):
+    data = write_folder(tmp_path)  # new: a later process would not trust an index made now
+    ended = [process.communicate(timeout=60) for process in [begin(data) for _ in range(4)]]
+    assert [out for out, _ in ended] == ["23\n"] * 4
+    built = [err for _, err in ended if "Indexed" in err]
+    # those that had not begun to wait when it was ready look once more, for the data is new
+    assert all(err == "" or "Indexed" in err for _, err in ended)
+    age(data)
+    (data / ".hvd_lbt/train.npz").unlink()
+    ended = [process.communicate(timeout=60) for process in [begin(data) for _ in range(4)]]
+    assert [out for out, _ in ended] == ["23\n"] * 4
+    assert sum("Indexed" in err for _, err in ended) == 1
+    assert built
+
+
+def test_a_builder_that_died_is_replaced_and_one_that_stands_still_is_named(old, monkeypatch):
+    # holds the lock, as a builder does, and moves on no more
+    hold = (
+        "import sys, time; from pathlib import Path; from hvd_lbt.data.index import _lock\n"
+        "with _lock(Path(sys.argv[1]), 1): print('held', flush=True); time.sleep(1000)"
+    )
+    file = old / ".hvd_lbt/train.npz"
+    command = [sys.executable, "-c", hold, str(file)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    match = (
+        rf"train.npz is being made by process {holder.pid} on .*, which has not moved on for 0.3 s"
+    )
+    with pytest.raises(ReadError, match=match):
+        open_index(old, "train", timeout=0.3)
+    holder.kill()
+    holder.wait()
+    assert len(open_index(old, "train", timeout=30)) == 23
+    holder.stdout.close()
+
+
+def test_a_folder_that_gives_no_answer_is_named_in_time(old, monkeypatch):
+    scan = index_module._scan_class
+
+    def stalls(folder: Path, names: list[bytes]) -> None:
+        if folder.name == "class 2":
+            time.sleep(5)
+        scan(folder, names)
+
+    monkeypatch.setattr(index_module, "_scan_class", stalls)
+    match = r"train/class 2: the storage gave nothing for 0.6 s \(data.timeout\)"
+    with pytest.raises(ReadError, match=match):
+        open_index(old, "train", timeout=0.6)
+
+
+def test_what_cannot_be_listed_is_an_error(old, monkeypatch):
+    def forbidden(folder: Path, names: list[bytes]) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(index_module, "_scan_class", forbidden)
+    with pytest.raises(UserError, match=r"Permission denied: '.*train/class"):
+        open_index(old, "train", timeout=5)
