@@ -21,8 +21,14 @@ COMMANDS = {
     "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
     "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),
     "bench allreduce": ("hvd_lbt.bench.allreduce", "bus bandwidth against message size"),
+    "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
     "bench train": ("hvd_lbt.bench.train", "the whole loop against a bare PyTorch loop"),
     "doctor": ("hvd_lbt.doctor", "check the installation and name what mends it"),
+    "data check": ("hvd_lbt.data.check", "decode every image and list what is bad"),
+    "data convert": (
+        "hvd_lbt.data.convert",
+        "write a data set as WebDataset, TFRecord or RecordIO shards",
+    ),
     "data digits": ("hvd_lbt.data.digits", "write the built-in data set as image files"),
 }
 EXIT_USER_ERROR = 2
