@@ -1,0 +1,278 @@
+"""`hvd_lbt bench input`: images a second of the training input, and what an index costs.
+
+The same files as a folder, as WebDataset, TFRecord and RecordIO, against a bare DALI pipeline with
+its own file reader and against torch's DataLoader with PIL and as many workers as there are threads.
+All crop, resize, flip and normalise, and hand over a tensor of the program's own. First our pixels
+are compared: all formats to the bit, the evaluation images with PIL's.
+"""
+
+import argparse
+import io
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hvd_lbt.bench.harness import Lines, Subject, speedup, time_interleaved
+from hvd_lbt.data.convert import ENDINGS, convert
+from hvd_lbt.data.native import native_batches
+from hvd_lbt.data.pipeline import evaluation_batches, train_batches
+from hvd_lbt.data.store import Store, open_train_split
+from hvd_lbt.errors import UserError
+from hvd_lbt.recipe import DataRecipe, load_recipe
+
+CLASSES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt bench input`."""
+    parser.add_argument("--data", type=Path, required=True, help="DATA/train/CLASS/FILE")
+    parser.add_argument("--recipe", default="imagenet_resnet50", help="[imagenet_resnet50]")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="DALI's threads, DataLoader's workers [cores]")
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=25, help="micro-batches timed at once [25]")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--index-entries", type=int, default=1_281_167, help="0: no such measurement"
+    )
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare the pixels, then time; then index many entries."""
+    threads = args.threads or len(os.sched_getaffinity(0))
+    recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
+    lines = Lines("input", settings=dict(vars(args), threads=threads), path=args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        stores = {"folder": open_train_split(args.data)}
+        if stores["folder"].index.kind != "folder":
+            raise UserError(
+                f"--data {args.data}: this benchmark begins with DATA/train/CLASS/FILE."
+            )
+        for form in ENDINGS:
+            convert(args.data, Path(scratch, form), form=form, samples_per_shard=500, jobs=threads)
+            stores[form] = open_train_split(Path(scratch, form))
+        device = torch.device(args.device)
+        _check_pixels(stores, recipe.data, args.micro_batch, device, lines)
+        _time(stores, recipe.data, args, threads, device, lines)
+    if args.index_entries:
+        for kind in ("folder", *ENDINGS):
+            with tempfile.TemporaryDirectory() as scratch:
+                data = Path(scratch)
+                entries = _many_entries(data, kind, args.index_entries)
+                first, second = (_index_cost(data) for _ in range(2))
+                lines.result(case=f"index, {kind}", entries=entries, built=first, loaded=second)
+    return 0
+
+
+def _batches(
+    store: Store, data: DataRecipe, micro_batch: int, device: torch.device
+) -> Iterator[Tensor]:
+    ranges = ((at * micro_batch, micro_batch) for at in range(10**9))
+    for batch in train_batches(
+        store,
+        data,
+        ranges,
+        seed=0,
+        micro_batch=micro_batch,
+        ghost_batch=micro_batch,
+        device=device,
+    ):
+        yield batch.images
+
+
+def _check_pixels(
+    stores: dict[str, Store],
+    data: DataRecipe,
+    micro_batch: int,
+    device: torch.device,
+    lines: Lines,
+) -> None:
+    first = {name: next(_batches(s, data, micro_batch, device)) for name, s in stores.items()}
+    for name, images in first.items():
+        if not torch.equal(images, first["folder"]):
+            raise AssertionError(f"{name} gives other pixels than the folder. Nothing is timed.")
+    store, worst = stores["folder"], torch.zeros(3, dtype=torch.float64)
+    if data.eval_resize is None:
+        return
+    sums = torch.zeros(3, dtype=torch.float64)
+    starts = range(0, len(store), micro_batch)
+    ranges = [(at, min(micro_batch, len(store) - at)) for at in starts]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    made = evaluation_batches(store, data, ranges, micro_batch=micro_batch, device=device)
+    for (at, _), batch in zip(ranges, made, strict=True):
+        for place, image in enumerate(batch.images.cpu() * std + mean):
+            theirs = reference_evaluation(
+                store.read(at + place), resize=data.eval_resize, size=data.image_size
+            )
+            difference = (image - theirs).abs().double().mean(dim=(1, 2))
+            sums += difference
+            worst = torch.maximum(worst, difference)
+    lines.result(
+        case="evaluation against PIL",
+        images=len(store),
+        mean_absolute_difference=(sums / len(store)).tolist(),
+        worst_image=worst.tolist(),
+    )
+
+
+def _time(
+    stores: dict[str, Store],
+    data: DataRecipe,
+    args: argparse.Namespace,
+    threads: int,
+    device: torch.device,
+    lines: Lines,
+) -> None:
+    micro_batch = args.micro_batch
+    folder = stores["folder"]
+    workers = DataLoader(
+        PilImages(folder, data.image_size, data.mean, data.std),
+        batch_size=micro_batch,
+        sampler=cycle(np.random.default_rng(0).permutation(len(folder)).tolist()),
+        num_workers=threads,
+    )
+    streams = {
+        **{name: _batches(store, data, micro_batch, device) for name, store in stores.items()},
+        "DALI, its file reader": native_batches(
+            folder.index.root, data, micro_batch=micro_batch, threads=threads, device=device
+        ),
+        "DataLoader, PIL": (images.to(device) for images in workers),
+    }
+
+    def take(stream: Iterator[Tensor], count: int) -> None:
+        for _ in range(count):
+            next(stream)
+
+    def settle(stream: Iterator[Tensor]) -> None:
+        take(stream, 1)
+        time.sleep(0.5)  # all that is prefetched is made, and nothing else runs
+
+    subjects = {
+        name: Subject(run=partial(take, stream, args.batches), prepare=partial(settle, stream))
+        for name, stream in streams.items()
+    }
+    waits = {"synchronize": torch.cuda.synchronize} if device.type == "cuda" else {}
+    times = time_interleaved(subjects, repetitions=args.repetitions, warmups=1, **waits)
+    peers = ("DALI, its file reader", "DataLoader, PIL")
+    for name, its in times.items():
+        lines.result(
+            case=name,
+            images_per_second=args.batches * micro_batch / its.median,
+            against={peer: speedup(its, times[peer]) for peer in peers if name not in peers},
+            **its.summary(),
+        )
+
+
+class PilImages(Dataset[Tensor]):
+    """Training images with PIL as torchvision's RandomResizedCrop and flip make them."""
+
+    def __init__(self, store: Store, size: int, mean, std):
+        self._store, self._size = store, size
+        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(io.BytesIO(self._store.read(index))) as file:
+            image = file.convert("RGB")
+        left, top, width, height = _torchvision_crop(*image.size)
+        box = (left, top, left + width, top + height)
+        size = (self._size, self._size)
+        image = image.crop(box).resize(size, Image.Resampling.BILINEAR)
+        if torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return (pixels.float() - self._mean) / self._std
+
+
+def _torchvision_crop(width: int, height: int) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * float(torch.empty(()).uniform_(0.08, 1))
+        ratio = math.exp(float(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3))))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = torch.randint(0, width - w + 1, ()), torch.randint(0, height - h + 1, ())
+            return int(left), int(top), w, h
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def reference_evaluation(encoded: bytes, *, resize: int, size: int) -> Tensor:
+    """torchvision's Resize(resize), CenterCrop(size) with PIL: fp32 (3, size, size) in 0..255."""
+    with Image.open(io.BytesIO(encoded)) as file:
+        image = file.convert("RGB")
+    width, height = image.size
+    if width <= height:
+        width, height = resize, int(resize * height / width)
+    else:
+        width, height = int(resize * width / height), resize
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float()
+
+
+# ------------------------------------------------------------------------------------- the index
+
+
+def _many_entries(data: Path, kind: str, entries: int) -> int:
+    """DATA/train with so many empty images, in ImageNet's layout or as shards of 1,000."""
+    each = -(-entries // CLASSES)
+    if kind == "folder":
+        for label in range(CLASSES):
+            folder = data / "train" / f"n{label:08}"
+            folder.mkdir(parents=True)
+            for number in range(min(each, entries - label * each)):
+                os.close(os.open(folder / f"n{label:08}_{number}.JPEG", os.O_CREAT))
+        return entries
+    for number in range(CLASSES):
+        file = data / "few/train/x" / f"{number:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    convert(data / "few", data / "one", form=kind, samples_per_shard=CLASSES)
+    (shard,) = (data / "one/train").glob(f"*.{ENDINGS[kind]}")
+    (data / "train").mkdir()
+    for number in range(each):  # one shard under many names
+        os.link(shard, data / "train" / f"{number:05}.{ENDINGS[kind]}")
+    return each * CLASSES
+
+
+def _index_cost(data: Path) -> dict[str, float]:
+    """Open DATA's training split in a process of its own: seconds, and the memory it took."""
+    module = "hvd_lbt.bench.input"
+    command = [sys.executable, "-c", f"import {module}; {module}.open_and_tell({str(data)!r})"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, megabytes, peak = map(float, done.stdout.split())
+    return {"seconds": seconds, "mb_held": megabytes, "mb_at_most": peak}
+
+
+def open_and_tell(data: str) -> None:
+    """Print seconds, MB held and MB at the most (Linux) that opening the training split takes."""
+    before, began = _resident_mb(), time.perf_counter()
+    store = open_train_split(Path(data))
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert len(store)
+    print(seconds, _resident_mb() - before, peak - before)
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
