@@ -199,11 +199,12 @@ def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
 
 def micro_batch_ranges(
     updates: list[Update], recipe: Recipe, world: World
-) -> Iterator[tuple[int, int]]:
-    """(first sample of the stream, count) of each micro-batch of this rank, update by update."""
+) -> Iterator[tuple[int, int, int]]:
+    """(first sample of the stream, count, ghost batch) of each micro-batch of this rank."""
     for update in updates:
         for micro_batch in layout_of(update, recipe, world).micro_batches:
-            yield update.samples_seen + micro_batch.start, len(micro_batch)
+            first = update.samples_seen + micro_batch.start
+            yield first, len(micro_batch), ghost_batch_of(update, recipe)
 
 
 def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:

@@ -125,7 +125,6 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         micro_batch_ranges(updates, recipe, world),
         seed=recipe.run.seed,
         micro_batch=recipe.layout.micro_batch,
-        ghost_batch=recipe.layout.ghost_batch,
         device=device,
         local_size=world.local_size,
         left_out=log.left_out,

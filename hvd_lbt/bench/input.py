@@ -83,14 +83,13 @@ def main(args: argparse.Namespace) -> int:
 def _batches(
     store: Store, data: DataRecipe, micro_batch: int, device: torch.device
 ) -> Iterator[Tensor]:
-    ranges = ((at * micro_batch, micro_batch) for at in range(10**9))
+    ranges = ((at * micro_batch, micro_batch, micro_batch) for at in range(10**9))
     for batch in train_batches(
         store,
         data,
         ranges,
         seed=0,
         micro_batch=micro_batch,
-        ghost_batch=micro_batch,
         device=device,
     ):
         yield batch.images

@@ -61,6 +61,7 @@ class _Work:
 
     indices: np.ndarray
     uniforms: np.ndarray
+    ghost_batch: int
     reads: list[_Read]
     samples: list[Encoded]
     left_out: set[int]  # places within the micro-batch
@@ -94,25 +95,24 @@ class TrainSamples:
 def train_batches(
     store: Store,
     data: DataRecipe,
-    ranges: Iterable[tuple[int, int]],
+    ranges: Iterable[tuple[int, int, int]],
     *,
     seed: int,
     micro_batch: int,
-    ghost_batch: int,
     device: torch.device,
     local_size: int = 1,
     left_out: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
-    """One batch for each (first sample of the stream, count ≤ micro_batch) of `ranges`, in order.
+    """One batch for each (first sample of the stream, count ≤ micro_batch, ghost batch) of `ranges`.
 
-    Ranges begin at a multiple of `ghost_batch` of their update. local_size: workers that share this
+    Ghost batches are counted from a range's first sample. local_size: workers that share this
     node's cores. Raises SampleError naming the first image that cannot be decoded; with
     on_bad_sample: skip that error goes to `left_out`, and the sample's place has the label LEFT_OUT
     and the image of another sample of its ghost batch, so that statistics are of images.
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
     samples = TrainSamples(store, seed)
-    maker = _Maker(store, data, _Augmented(data), micro_batch, ghost_batch, device, local_size)
+    maker = _Maker(store, data, _Augmented(data), micro_batch, device, local_size)
     return maker.batches(ranges, samples.indices, samples.uniforms, left_out)
 
 
@@ -134,8 +134,8 @@ def evaluation_batches(
     def uniforms(first: int, count: int) -> np.ndarray:
         return np.empty((count, 0))
 
-    maker = _Maker(store, data, _Plain(data), micro_batch, micro_batch, device, local_size)
-    return maker.batches(ranges, indices, uniforms, left_out)
+    maker = _Maker(store, data, _Plain(data), micro_batch, device, local_size)
+    return maker.batches(((*part, micro_batch) for part in ranges), indices, uniforms, left_out)
 
 
 def decode_one(image: np.ndarray, size: int) -> Tensor:
@@ -154,13 +154,12 @@ class _Maker:
     data: DataRecipe
     graph: "_Augmented | _Plain"
     micro_batch: int
-    ghost_batch: int
     device: torch.device
     local_size: int
 
     def batches(
         self,
-        ranges: Iterable[tuple[int, int]],
+        ranges: Iterable[tuple[int, int, int]],
         indices_of: Callable[[int, int], np.ndarray],
         uniforms_of: Callable[[int, int], np.ndarray],
         left_out: Callable[[SampleError], None] | None,
@@ -168,7 +167,10 @@ class _Maker:
         """See `train_batches`."""
         self._left_out = left_out if self.data.on_bad_sample == "skip" else None
         readers = Readers(self.data.readers)
-        begun = (self._begin(indices_of(*part), uniforms_of(*part), readers) for part in ranges)
+        begun = (
+            self._begin(indices_of(first, count), uniforms_of(first, count), ghost_batch, readers)
+            for first, count, ghost_batch in ranges
+        )
         reading: deque[_Work] = deque()
         decoding: deque[_Work] = deque()  # given to DALI and not yet handed back
         again: deque[_Work] = deque()  # to be given to a new pipeline
@@ -224,12 +226,14 @@ class _Maker:
         numbers = self.graph.numbers(sizes, work.uniforms[places.start : places.stop])
         return [sample.data for sample in samples], *numbers
 
-    def _begin(self, indices: np.ndarray, uniforms: np.ndarray, readers: Readers) -> _Work:
+    def _begin(
+        self, indices: np.ndarray, uniforms: np.ndarray, ghost_batch: int, readers: Readers
+    ) -> _Work:
         reads = []
         for at in range(0, len(indices), READ_AT_ONCE):
             some, done = indices[at : at + READ_AT_ONCE], list[Encoded | SampleError]()
             reads.append(_Read(some, readers.submit(self._read, some, done), done))
-        return _Work(indices, uniforms, reads, [], set())
+        return _Work(indices, uniforms, ghost_batch, reads, [], set())
 
     def _read(self, indices: np.ndarray, done: list[Encoded | SampleError]) -> None:
         for index in map(int, indices):
@@ -274,8 +278,8 @@ class _Maker:
     def _fill(self, work: _Work) -> None:
         """Give each place that was left out the bytes of the next good one in its ghost batch."""
         for place in work.left_out:
-            start = place - place % self.ghost_batch
-            group = range(start, min(start + self.ghost_batch, len(work.samples)))
+            start = place - place % work.ghost_batch
+            group = range(start, min(start + work.ghost_batch, len(work.samples)))
             good = [other for other in group if other not in work.left_out]
             donor = next((other for other in good if other > place), good[0] if good else None)
             work.samples[place] = GREY if donor is None else work.samples[donor]

@@ -48,7 +48,6 @@ def batches(store: Store, its: Recipe, world: World, first_update: int = 0, **op
         micro_batch_ranges(updates, its, world),
         seed=its.run.seed,
         micro_batch=its.layout.micro_batch,
-        ghost_batch=its.layout.ghost_batch,
         device=CPU,
         **options,
     )
@@ -63,7 +62,7 @@ def stream(store: Store, its: Recipe, size: int = 1, first_update: int = 0, **op
         updates = [plan.at(index) for index in range(first_update, plan.updates)]
         ranges = micro_batch_ranges(updates, its, world)
         made = batches(store, its, world, first_update, **options)
-        for (first, count), batch in zip(ranges, made, strict=True):
+        for (first, count, _), batch in zip(ranges, made, strict=True):
             assert batch.images.shape == (count, 3, its.data.image_size, its.data.image_size)
             runs.append((first, batch))
     runs.sort(key=lambda run: run[0])
@@ -225,9 +224,7 @@ def test_real_files_are_decoded_whatever_their_colours_and_sizes(tmp_path):
     # EXIF's rotation is ignored
     assert (of["turned.jpg"] - same).abs().mean() < 4
     for its in (recipe(), recipe("data.augment=pad_crop")):
-        made = train_batches(
-            store, its.data, [(0, 64)], seed=0, micro_batch=64, ghost_batch=4, device=CPU
-        )
+        made = train_batches(store, its.data, [(0, 64, 4)], seed=0, micro_batch=64, device=CPU)
         assert next(made).images.isfinite().all()
 
 
@@ -289,10 +286,9 @@ def test_the_place_of_a_bad_sample_has_an_image_of_its_ghost_batch_and_no_gradie
         (batch,) = train_batches(
             store,
             its.data,
-            [(0, 12)],
+            [(0, 12, 4)],
             seed=0,
             micro_batch=12,
-            ghost_batch=4,
             device=CPU,
             left_out=lambda error: None,
         )
