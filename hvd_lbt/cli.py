@@ -18,6 +18,8 @@ COMMANDS = {
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
     "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
+    "study": ("hvd_lbt.study", "re-make a claim of the papers, and say whether it held"),
+    "study trainings": ("hvd_lbt.studies.worker", "train a list of recipes; `study` calls it"),
     "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
     "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),
     "bench allreduce": ("hvd_lbt.bench.allreduce", "bus bandwidth against message size"),

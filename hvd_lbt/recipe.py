@@ -104,7 +104,7 @@ class ModelRecipe(_Section):
     stem: Literal["imagenet", "cifar"]
     """imagenet: 7×7 stride 2 and max pooling; cifar: 3×3 stride 1."""
     width: Count = 64
-    """Channels of a residual network's first stage."""
+    """Channels of a residual network's first stage, hidden units of the perceptron."""
     zero_init_residual: bool = False
     """The last batch norm of each block starts with gamma = 0 (Goyal et al. 2017)."""
 
@@ -112,13 +112,13 @@ class ModelRecipe(_Section):
     @classmethod
     def _known(cls, name: str) -> str:
         wide = re.fullmatch(r"wide_resnet([1-9]\d*)_([1-9]\d*)", name)
-        if re.fullmatch(r"resnet(18|34|50|101|152)|inception_resnet_v2", name) or (
+        if re.fullmatch(r"resnet(18|34|50|101|152)|inception_resnet_v2|perceptron", name) or (
             wide and int(wide[1]) % 6 == 4 and int(wide[1]) > 4
         ):
             return name
         raise ValueError(
-            "it must be resnet18, resnet34, resnet50, resnet101, resnet152, inception_resnet_v2, or "
-            "wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as wide_resnet16_4"
+            "it must be resnet18, resnet34, resnet50, resnet101, resnet152, inception_resnet_v2, "
+            "perceptron, or wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as wide_resnet16_4"
         )
 
 
@@ -180,7 +180,9 @@ class ScheduleRecipe(_Section):
     momentum_change: Literal["keep", "rescale"] = "keep"
     """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
     momentum_start: Literal["zero", "corrected"] = "zero"
-    """corrected: the first updates are as long as if the buffer, which is zero, had settled."""
+    """corrected: the first updates are as long as if the buffer, which is zero, had settled.
+
+    In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m) (docs/studies)."""
 
     @property
     def first_lr(self) -> float:

@@ -1,4 +1,4 @@
-"""Networks by their recipe name, all with ghost batch norm."""
+"""Networks by their recipe name, with ghost batch norm where they have a norm."""
 
 import re
 from functools import partial
@@ -8,6 +8,7 @@ from torch import nn
 from hvd_lbt.errors import UserError
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics
 from hvd_lbt.models.inception_resnet import InceptionResNetV2
+from hvd_lbt.models.perceptron import Perceptron
 from hvd_lbt.models.resnet import DEPTHS, ResNet
 from hvd_lbt.models.wide_resnet import WideResNet
 from hvd_lbt.recipe import ModelRecipe
@@ -39,9 +40,11 @@ def build_model(settings: ModelRecipe, classes: int, ghost_batch: int) -> nn.Mod
         return WideResNet(int(match[1]), int(match[2]), outputs, norm=norm)
     if name == "inception_resnet_v2":
         return InceptionResNetV2(outputs, norm=partial(norm, eps=1e-3))
+    if name == "perceptron":
+        return Perceptron(settings.width, outputs)
     raise UserError(
         f"model.name: {settings.name!r} cannot be built. Allowed: "
         + ", ".join(f"resnet{depth}" for depth in DEPTHS)
-        + ", inception_resnet_v2, wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
+        + ", inception_resnet_v2, perceptron, wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
         "wide_resnet16_4."
     )

@@ -1,1 +1,1 @@
-"""Studies that are no sets of training runs: each measures, draws, and says whether a claim held."""
+"""Studies: each trains or measures, draws, and says whether a claim of the papers held."""

@@ -19,10 +19,11 @@ LAYERS = [
     {"evaluate"},
     {"train", "report", "show_plan", "doctor", "bench"},
     {"studies"},
+    {"study"},
     {"cli"},
     {"__main__"},
 ]
-USERS_OF_COMM = {"train", "evaluate", "elastic", "doctor", "bench", "cli"}
+USERS_OF_COMM = {"train", "evaluate", "elastic", "doctor", "bench", "studies", "cli"}
 PURE = {  # the standard library, and what is named
     "errors": set(),
     "world": set(),

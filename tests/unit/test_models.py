@@ -125,3 +125,12 @@ def test_the_ghost_batch_may_change_between_updates():
     changed, fresh = GhostBatchNorm2d(3, ghost_batch=8), GhostBatchNorm2d(3, ghost_batch=4)
     RunningStatistics(changed).use_ghost_batch(4)
     assert torch.equal(changed(images), fresh(images))
+
+
+def test_the_perceptron_has_no_norm_and_its_running_statistics_are_none():
+    model = build_model(settings("perceptron", width=5), 10, ghost_batch=1)
+    statistics = RunningStatistics(model)
+    statistics.fold(4)
+    assert statistics.collected.numel() == 0
+    assert sum(p.numel() for p in model.parameters()) == 192 * 5 + 5 + 5 * 10 + 10
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 10)

@@ -1,0 +1,134 @@
+"""The figures of the studies, from their collected numbers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from hvd_lbt.report import COLOURS, FONTS
+
+Found = dict[str, Any]
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+
+
+def draw_curves(
+    found: Found,
+    columns: Sequence[tuple[str, str]] = (
+        ("loss", "epochs"),
+        ("loss", "updates"),
+        ("accuracy", "epochs"),
+        ("accuracy", "updates"),
+    ),
+) -> Figure:
+    """A row for each panel, a column for each (quantity, against what); mean and range of the seeds."""
+    panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))
+    with matplotlib.rc_context(FONTS):
+        figure = Figure(figsize=(3.9 * len(columns), 3.3 * len(panels) + 0.8), layout="constrained")
+        grid = figure.subplots(len(panels), len(columns), squeeze=False)
+        for row, panel in zip(grid, panels, strict=True):
+            arms = [arm for arm in found["arms"] if arm["panel"] == panel]
+            for axes, (quantity, against) in zip(row, columns, strict=True):
+                for place, arm in enumerate(arms):
+                    curve, colour = arm[quantity], COLOURS[place % len(COLOURS)]
+                    x = curve[against]
+                    width = max(1.3, 2.6 - 0.5 * place)
+                    axes.plot(x, curve["mean"], color=colour, linewidth=width, label=arm["label"])
+                    axes.plot(x[-1:], curve["mean"][-1:], "o", color=colour, clip_on=False)
+                    axes.fill_between(
+                        x, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0
+                    )
+                axes.set_xlim(left=0)
+                axes.set_xlabel(against)
+                axes.xaxis.set_major_formatter(PLAIN)
+                if quantity == "loss":
+                    axes.set_ylabel("train loss")
+                    axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter(PLAIN)
+                    axes.yaxis.set_minor_formatter(NullFormatter())
+                else:
+                    axes.set_ylabel("test accuracy, %")
+                    axes.set_ylim(*_late_range(arms))
+                if against == "updates":
+                    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+            if panel:
+                row[0].set_title(panel, loc="left")
+        first = grid[0, 0]
+        handles, labels = first.get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
+        )
+    return figure
+
+
+def _late_range(arms: Sequence[Found]) -> tuple[float, float]:
+    """The range of the accuracies after the first fifth of the run, and some room."""
+    late = [
+        value
+        for arm in arms
+        for epoch, low, high in zip(
+            *(arm["accuracy"][key] for key in ("epochs", "low", "high")), strict=True
+        )
+        if epoch >= arm["accuracy"]["epochs"][-1] / 5
+        for value in (low, high)
+    ]
+    room = 0.08 * (max(late) - min(late)) or 0.5
+    return min(late) - room, max(late) + room
+
+
+def draw_peaks(
+    found: Found,
+    peaks: Callable[[Found, str], tuple[list[float], list[float], list[float]]],
+) -> Figure:
+    """Above: accuracy against batch, one panel a quantity; below: where each curve has its peak."""
+    panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))
+    with matplotlib.rc_context(FONTS):
+        figure = Figure(figsize=(4.6 * len(panels), 8), layout="constrained")
+        upper, lower = figure.subplots(2, len(panels))
+        for above, below, panel in zip(upper, lower, panels, strict=True):
+            values, tops, errors = peaks(found, panel)
+            labels = dict.fromkeys(arm["label"] for arm in found["arms"] if arm["panel"] == panel)
+            for place, (label, top) in enumerate(zip(labels, tops, strict=True)):
+                arms = [arm for arm in found["arms"] if arm["label"] == label]
+                x, finals = [arm["x"] for arm in arms], np.array([arm["finals"] for arm in arms])
+                above.plot(x, finals.mean(1), "o-", color=COLOURS[place], label=label)
+                above.fill_between(
+                    x, finals.min(1), finals.max(1), color=COLOURS[place], alpha=0.15, linewidth=0
+                )
+                above.axvline(top, color=COLOURS[place], linestyle=":", linewidth=1.5)
+            _doubling(above, x)
+            above.set_xlabel("global batch B")
+            above.legend(frameon=False, loc="lower center")
+            below.errorbar(
+                values,
+                tops,
+                [
+                    [top - top / 2**error for top, error in zip(tops, errors, strict=True)],
+                    [top * 2**error - top for top, error in zip(tops, errors, strict=True)],
+                ],
+                fmt="o",
+                color=COLOURS[0],
+                capsize=4,
+                label="peak",
+            )
+            middle = np.exp(np.mean(np.log(np.array(tops) / np.array(values))))
+            below.plot(values, middle * np.array(values), "--", color="#555", label=f"∝ {panel}")
+            _doubling(below, values)
+            below.set_yscale("log", base=2)
+            below.yaxis.set_major_formatter(PLAIN)
+            below.set_xlabel(panel)
+            below.legend(frameon=False)
+        upper[0].set_ylabel("test accuracy, %")
+        lower[0].set_ylabel("batch of the highest accuracy")
+    return figure
+
+
+def _doubling(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis with a tick at each value."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values)
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_minor_formatter(NullFormatter())

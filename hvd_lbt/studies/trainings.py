@@ -1,0 +1,369 @@
+"""A study that is a set of trainings: recipes × seeds, their curves, a figure, a table, a verdict.
+
+`Study` is data. `run_study` trains what is missing by `hvd_lbt train`, collects the numbers into one
+JSON file, and makes figure and page from that file alone.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from hvd_lbt.data.digits import cache_folder, write_digits
+from hvd_lbt.data.store import ImageFolder
+from hvd_lbt.errors import UserError
+from hvd_lbt.metrics import revision, versions
+from hvd_lbt.plan import make_plan
+from hvd_lbt.recipe import Recipe, load_recipe
+from hvd_lbt.report import Band, Group, Run, evaluated, measured, read_run
+from hvd_lbt.stop import EXIT_STOPPED
+
+Found = dict[str, Any]  # what a study measured, plain enough for JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """The built-in digits, split anew: so many images to train on, all others to test on."""
+
+    train_samples: int
+
+    def write(self) -> Path:
+        """The folder of these images, made once."""
+        folder = cache_folder() / f"digits-{self.train_samples}"
+        if folder.is_dir():
+            return folder
+        files = sorted(write_digits().glob("*/*/*.png"), key=lambda file: file.name)
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        for place, index in enumerate(np.random.default_rng(0).permutation(len(files))):
+            file, split = files[index], "train" if place < self.train_samples else "test"
+            copy = scratch / split / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another study was faster: its files are the same
+                raise
+            shutil.rmtree(scratch)
+        return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One line of a study: a recipe with overrides, trained once for each seed.
+
+    name: of its folders; label: in figure and table; panel, x: where a study draws it.
+    digits: None takes the images of --data. paper: its test accuracy in the paper.
+    """
+
+    name: str
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    panel: str = ""
+    x: float | None = None
+    digits: Digits | None = None
+    paper: str = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether the claim held, and the sentence that says so with its numbers."""
+
+    held: bool
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained, and how it is drawn and judged.
+
+    claim: the papers' sentence and numbers; setting: how this differs from the papers, and what was
+    tuned. draw and judge see the collected numbers only.
+    """
+
+    name: str
+    scale: str
+    title: str
+    claim: str
+    setting: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    draw: Callable[[Found], Figure] = field(repr=False)
+    judge: Callable[[Found], Verdict] = field(repr=False)
+
+    @property
+    def stem(self) -> str:
+        """Of the names of the report's files."""
+        return self.name if self.scale == "laptop" else f"{self.name}_{self.scale}"
+
+
+class Stopped(Exception):
+    """A signal ended the trainings; what they had done is saved."""
+
+
+def run_study(
+    study: Study, out: Path, *, data: Path | None, jobs: int, launcher: Sequence[str]
+) -> str:
+    """Train what is missing, write OUT/STEM.{json,png,md}; the verdict's sentence.
+
+    jobs: trainings at a time; launcher: what begins each one's command. Raises UserError.
+    """
+    began = time.monotonic()
+    folder = out / study.stem
+    tasks = {
+        folder / f"{arm.name}-{seed}": (arm, load_recipe(arm.recipe, _overrides(arm, seed)))
+        for arm in study.arms
+        for seed in study.seeds
+    }
+    images = _image_folders(study, data)
+    missing = [path for path, (_, recipe) in tasks.items() if not _is_finished(path, recipe)]
+    print(f"{study.stem}: {len(tasks)} trainings, {len(tasks) - len(missing)} of them are done.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # The longest first, dealt out in turn, so that all workers end at about the same time.
+    order = sorted(
+        missing, key=lambda path: -_updates(tasks[path][1], images[tasks[path][0].digits])
+    )
+    work = [
+        {
+            "recipe": tasks[path][0].recipe,
+            "overrides": _overrides(tasks[path][0], tasks[path][1].run.seed),
+            "data": str(images[tasks[path][0].digits]),
+            "out": str(path),
+        }
+        for path in order
+    ]
+    _train([work[place::jobs] for place in range(min(jobs, len(work)))], folder, launcher)
+
+    runs = {path: read_run(path) for path in tasks}
+    found = collect(study, runs)
+    seconds = time.monotonic() - began
+    found["seconds"] = {"trainings": sum(run.seconds for run in runs.values())}
+    if len(missing) == len(tasks):
+        found["seconds"]["this command"] = seconds
+    (out / f"{study.stem}.json").write_text(compact_json(found), encoding="utf-8")
+    found = json.loads((out / f"{study.stem}.json").read_text(encoding="utf-8"))
+    study.draw(found).savefig(out / f"{study.stem}.png", dpi=100)
+    (out / f"{study.stem}.md").write_text(page(study, found), encoding="utf-8")
+    print(f"Wrote {out / study.stem}.md, .png and .json after {seconds:.0f} s.")
+    verdict = study.judge(found)
+    return f"The claim {'held' if verdict.held else 'did not hold'}. {verdict.sentence}"
+
+
+def _overrides(arm: Arm, seed: int) -> tuple[str, ...]:
+    return (*arm.overrides, f"run.seed={seed}", f"name={arm.name}")
+
+
+def _image_folders(study: Study, data: Path | None) -> dict[Digits | None, Path]:
+    kinds = dict.fromkeys(arm.digits for arm in study.arms)
+    if None in kinds and data is None:
+        raise UserError(
+            f"--data: the {study.scale} scale of {study.name} needs the images of "
+            f"{study.arms[0].recipe}: give the folder that has train/CLASS/FILE."
+        )
+    if None not in kinds and data is not None:
+        raise UserError(
+            f"--data {data}: the {study.scale} scale of {study.name} has its own images."
+        )
+    folders = {kind: data if kind is None else kind.write() for kind in kinds}
+    return {kind: folder for kind, folder in folders.items() if folder is not None}
+
+
+def _is_finished(path: Path, recipe: Recipe) -> bool:
+    """Whether `path` holds the whole run; UserError if it is one of other settings."""
+    if not (path / "recipe.yaml").is_file():
+        return False
+    old = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    if changes := recipe.changes_since(old):
+        raise UserError(
+            f"{path} was trained with other settings: {changes}. Give another --out, or remove it."
+        )
+    return (path / "metrics.jsonl").is_file() and read_run(path).reason == "finished"
+
+
+def _updates(recipe: Recipe, data: Path) -> int:
+    return make_plan(recipe.schedule, len(ImageFolder(data / "train"))).updates
+
+
+def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequence[str]) -> None:
+    """One worker for each list of trainings; UserError if one failed, Stopped after a signal."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if len(lists) > 1 else {})
+    files = [folder / f"worker-{place}.json" for place in range(len(lists))]
+    for file, tasks in zip(files, lists, strict=True):
+        file.write_text(json.dumps(tasks), encoding="utf-8")
+    workers = [
+        # In a session of its own: a Ctrl-C reaches it once, from here, and not twice.
+        subprocess.Popen(
+            [*launcher, sys.executable, "-m", "hvd_lbt", "study", "trainings", str(file)],
+            env=environment,
+            start_new_session=True,
+        )
+        for file in files
+    ]
+    stopped = False
+    while True:
+        try:
+            codes = [worker.wait() for worker in workers]
+            break
+        except KeyboardInterrupt:
+            stopped = True
+            for file in files:
+                file.unlink(missing_ok=True)
+            for worker in workers:
+                worker.send_signal(signal.SIGUSR1)
+    for file in files:
+        file.unlink(missing_ok=True)
+    if stopped or EXIT_STOPPED in codes:
+        raise Stopped
+    if any(codes):
+        raise UserError(
+            f"A training failed (exit codes of the workers: {codes}); the reason is above. The same "
+            "command goes on from here."
+        )
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+
+def collect(study: Study, runs: dict[Path, Run]) -> Found:
+    """The numbers that are drawn and judged, of all arms."""
+    arms = []
+    for arm in study.arms:
+        own = [run for path, run in runs.items() if path.name.rpartition("-")[0] == arm.name]
+        group = Group(label=arm.label, runs=own)
+        loss = measured(group, "loss")
+        recipe = load_recipe(arm.recipe, arm.overrides)
+        arms.append(
+            {
+                "name": arm.name,
+                "label": arm.label,
+                "panel": arm.panel,
+                "x": arm.x,
+                "paper": arm.paper,
+                "recipe": arm.recipe,
+                "overrides": list(arm.overrides),
+                "global_batches": [s["global_batch"] for s in own[0].about["plan"]["stages"]],
+                "first_noise_scale": own[0].about["plan"]["stages"][0]["noise_scale"],
+                "first_lr": recipe.schedule.first_lr,
+                "momentum": recipe.schedule.first_momentum,
+                "train_samples": own[0].about["plan"]["train_samples"],
+                "updates": own[0].planned,
+                "seeds": [run.seed for run in own],
+                "finals": [100 * run.final for run in own if run.final is not None],
+                "final_losses": [_last_loss(run) for run in own],
+                "loss": _curve(loss),
+                "accuracy": _curve(evaluated(group)),
+            }
+        )
+    return {
+        "study": study.name,
+        "scale": study.scale,
+        "arms": arms,
+        "versions": versions(),
+        "revision": revision(),
+    }
+
+
+def _last_loss(run: Run) -> float:
+    """Training loss over the last epoch, as it was before each update."""
+    late = run.updates["epoch"] > run.updates["epoch"][-1] - 1
+    return float(np.average(run.updates["loss"][late], weights=run.updates["global_batch"][late]))
+
+
+def _curve(band: Band) -> dict[str, list[float]]:
+    return {
+        key: getattr(band, key).tolist() for key in ("epochs", "updates", "mean", "low", "high")
+    }
+
+
+def compact_json(found: Found) -> str:
+    """JSON with one line for each list of numbers, five digits each: no more is drawn or told."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, list):
+            return [rounded(inner) for inner in value]
+        if isinstance(value, dict):
+            return {key: rounded(inner) for key, inner in value.items()}
+        return value
+
+    def written(value: Any, indent: str) -> str:
+        inner = indent + "  "
+        if isinstance(value, dict):
+            lines = [f"{inner}{json.dumps(k)}: {written(v, inner)}" for k, v in value.items()]
+            return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            return "[\n" + ",\n".join(inner + written(v, inner) for v in value) + f"\n{indent}]"
+        return json.dumps(value, ensure_ascii=False)
+
+    return written(rounded(found), "") + "\n"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation (n − 1)."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+# ------------------------------------------------------------------------------------------ page
+
+
+def page(study: Study, found: Found) -> str:
+    """The study's page, in Markdown."""
+    scale = "" if study.scale == "laptop" else f" --scale {study.scale} --data FOLDER"
+    verdict = study.judge(found)
+    rows = [
+        f"| {arm['label']} | {_batches(arm)} | {arm['first_lr']:g} | {arm['momentum']:g} | "
+        f"{arm['first_noise_scale']:.4g} | {arm['updates']:,} | {spread(arm['final_losses'], 4)} | "
+        f"{spread(arm['finals'])} % | {arm['paper']} |"
+        for arm in found["arms"]
+    ]
+    seconds = found["seconds"]
+    took = f"The trainings took {seconds['trainings']:,.0f} s together"
+    if "this command" in seconds:
+        took += f", the command {seconds['this command']:,.0f} s"
+    bases = " and ".join(f"`{name}`" for name in dict.fromkeys(a["recipe"] for a in found["arms"]))
+    how = (
+        f"Seeds {', '.join(map(str, study.seeds))}; ± is the standard deviation over them (n − 1). Each "
+        f"line is {bases} with the overrides in `{study.stem}.json`. {took}."
+    )
+    return "\n".join(
+        [
+            f"# {study.title}",
+            "",
+            f"`hvd_lbt study {study.name}{scale}`. {study.claim}",
+            "",
+            f"**The claim {'held' if verdict.held else 'did not hold'}.** {verdict.sentence}",
+            "",
+            f"![{study.title}]({study.stem}.png)",
+            "",
+            study.setting,
+            "",
+            "| schedule | global batch | first lr | first m | first g | updates | train loss of the last epoch | test accuracy | paper's |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            how,
+            "",
+            f"Made with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"
+            + (f", revision {found['revision']}." if found["revision"] else "."),
+            "",
+        ]
+    )
+
+
+def _batches(arm: Found) -> str:
+    return " → ".join(f"{batch:,}" for batch in dict.fromkeys(arm["global_batches"]))

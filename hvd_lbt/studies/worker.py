@@ -1,0 +1,45 @@
+"""Train a list of recipes one after another in this process, as `hvd_lbt study` asks.
+
+Each is a whole `hvd_lbt train --resume`; only the start of Python, torch and Horovod, which takes as
+long as a small training, is shared.
+"""
+
+import argparse
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from hvd_lbt import comm
+from hvd_lbt.recipe import load_recipe
+from hvd_lbt.report import read_run
+from hvd_lbt.stop import EXIT_STOPPED
+from hvd_lbt.train import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt study trainings`."""
+    parser.add_argument("tasks", type=Path, help="a JSON list of recipe, overrides, data, out")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train them all; what each says goes to OUT.log. 75 when a signal stopped one."""
+    world = comm.init()
+    code = 0
+    for task in json.loads(args.tasks.read_text(encoding="utf-8")):
+        # A signal between two trainings finds nobody: the study takes the list away as well.
+        if not comm.broadcast_object(args.tasks.is_file()):
+            code = EXIT_STOPPED
+            break
+        out = Path(task["out"])
+        recipe = load_recipe(task["recipe"], task["overrides"])
+        said = out.with_name(f"{out.name}.log").open("a", encoding="utf-8")
+        with said, redirect_stdout(said):
+            code = train(recipe, data=Path(task["data"]), out=out, resume=True, world=world)
+        if code:
+            break
+        if world.rank == 0:
+            final = read_run(out).final
+            accuracy = "not measured" if final is None else f"{final:.2%}"
+            print(f"{out.name}: test accuracy {accuracy}", flush=True)
+    comm.shutdown()
+    return code

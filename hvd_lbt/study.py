@@ -1,0 +1,67 @@
+"""`hvd_lbt study`: re-make a claim of the papers: train, measure, draw, and say whether it held.
+
+Trainings are real `hvd_lbt train` runs, one rank each. The same command goes on where it stopped:
+finished runs are kept, unfinished ones resumed.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+from pathlib import Path
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.stop import EXIT_STOPPED
+from hvd_lbt.studies import bayesian_evidence, published
+from hvd_lbt.studies.trainings import Stopped, run_study
+
+SCALES = ("laptop", "gpu", "cluster")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt study`."""
+    names = [*published.STUDIES, bayesian_evidence.NAME]
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="[runs/studies]")
+    parser.add_argument("--data", type=Path, help="the images of the gpu and cluster scales")
+    parser.add_argument(
+        "--jobs", type=int, help="trainings at a time [cores; 1 above laptop scale]"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="",
+        metavar="WORDS",
+        help="what begins each training's command, such as 'srun --mpi=pmix' or 'horovodrun -np 8'",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one study; writes OUT/NAME.{md,png,json} and prints the sentence that sums it up."""
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least 1 training at a time is needed.")
+    if args.name == bayesian_evidence.NAME:
+        if args.scale != "laptop":
+            raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
+        print(bayesian_evidence.study(args.out))
+        return 0
+    scales = published.STUDIES[args.name]
+    if args.scale not in scales:
+        raise UserError(f"--scale {args.scale}: {args.name} has {', '.join(scales)}.")
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
+    # Every training is sent the signal too, saves, and ends.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        print(
+            run_study(
+                scales[args.scale],
+                args.out,
+                data=args.data,
+                jobs=jobs,
+                launcher=shlex.split(args.launcher),
+            )
+        )
+    except Stopped:
+        print("Stopped. The same command goes on from here.")
+        return EXIT_STOPPED
+    return 0

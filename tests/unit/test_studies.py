@@ -1,0 +1,250 @@
+"""The studies: what they ask for exists, and their verdicts on made-up numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.plan import make_plan
+from hvd_lbt.recipe import load_recipe
+from hvd_lbt.studies import published
+from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
+from hvd_lbt.studies.trainings import compact_json, page, spread
+from hvd_lbt.study import main
+
+
+@pytest.mark.parametrize("study", ALL, ids=lambda study: study.stem)
+def test_every_arm_is_a_recipe_that_can_be_planned(study):
+    plans = {}
+    for arm in study.arms:
+        recipe = load_recipe(arm.recipe, [*arm.overrides, f"name={arm.name}"])
+        samples = arm.digits.train_samples if arm.digits else recipe.data.train_samples
+        plans[arm.name] = make_plan(recipe.schedule, samples)
+        # what is compared is compared at equal epochs
+        first = next(iter(plans.values()))
+        assert plans[arm.name].samples / plans[arm.name].train_samples == pytest.approx(
+            first.samples / first.train_samples
+        )
+    assert len(study.seeds) >= 3 or study.scale != "laptop"
+
+
+def test_the_noise_is_that_of_the_first_arm_where_the_claim_is_about_equal_noise():
+    for name in ("three_schedules", "fewer_updates", "momentum_settling"):
+        for study in STUDIES[name].values():
+            scales = []
+            for arm in study.arms:
+                recipe = load_recipe(arm.recipe, arm.overrides)
+                samples = arm.digits.train_samples if arm.digits else recipe.data.train_samples
+                scales.append(make_plan(recipe.schedule, samples).stages[0].noise_scale)
+            assert scales == pytest.approx([scales[0]] * len(scales))
+
+
+def arm(name, finals, *, updates=1000, loss=(1.0, 0.1), label="", panel="", x=None):
+    """An arm whose training loss falls geometrically over 10 epochs between two values."""
+    epochs = np.arange(1.0, 11.0)
+    mean = np.geomspace(*loss, 10)
+    curve = {
+        "epochs": epochs.tolist(),
+        "updates": (epochs * updates / 10).tolist(),
+        "mean": mean.tolist(),
+        "low": (0.9 * mean).tolist(),
+        "high": (1.1 * mean).tolist(),
+    }
+    return {
+        "name": name,
+        "label": label or name,
+        "panel": panel,
+        "x": x,
+        "paper": "–",
+        "recipe": "digits_4px",
+        "overrides": [],
+        "global_batches": [16, 64],
+        "first_lr": 0.1,
+        "first_noise_scale": 75.0,
+        "momentum": 0.9,
+        "train_samples": 1200,
+        "updates": updates,
+        "seeds": list(range(len(finals))),
+        "finals": list(finals),
+        "loss": curve,
+        "final_losses": [loss[1]] * len(finals),
+        "accuracy": curve,
+    }
+
+
+def found(*arms):
+    about = {"versions": {"python": "3"}, "revision": "", "seconds": {"trainings": 1.0}}
+    return {"study": "made up", "scale": "laptop", "arms": list(arms), **about}
+
+
+def three_schedules(**changes):
+    arms = []
+    for optimizer in published.OPTIMIZERS:
+        for policy, updates in (("decay_lr", 1000), ("hybrid", 500), ("grow_batch", 300)):
+            name = f"{optimizer}_{policy}"
+            settings = {"finals": [95.0, 95.4, 95.2], "updates": updates} | changes.get(name, {})
+            arms.append(arm(name, panel=optimizer, **settings))
+    return found(*arms)
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({}, True),
+        ({"nesterov_grow_batch": {"finals": [93.0, 93.4, 93.2]}}, False),
+        ({"plain_hybrid": {"finals": [97.0, 97.4, 97.2]}}, False),
+        ({"momentum_grow_batch": {"loss": (1.0, 0.02)}}, False),
+        ({"momentum_grow_batch": {"updates": 600}}, False),
+    ],
+)
+def test_three_schedules(changes, held):
+    verdict = published.judge_three_schedules(three_schedules(**changes))
+    assert verdict.held is held
+
+
+def test_three_schedules_tells_its_numbers():
+    sentence = published.judge_three_schedules(three_schedules()).sentence
+    assert "momentum: +0.00 ± 0.16 points for hybrid and +0.00 ± 0.16 for grow_batch" in sentence
+    assert "decay_lr's 95.20 %" in sentence
+    # after 300 of 1,000 updates decay_lr is at its third of ten points: 0.1^(2/9) against 0.1
+    assert f"still {0.1 ** (2 / 9) / 0.1:.1f} times as high" in sentence
+
+
+@pytest.mark.parametrize(
+    ("updates", "accuracies", "held"),
+    [
+        ((4000, 2000, 900, 400), (95, 95, 94.5, 92), True),
+        ((4000, 2000, 2000, 400), (95, 95, 95, 95), False),
+        ((4000, 2000, 900, 400), (95, 95, 93, 95), False),
+    ],
+)
+def test_fewer_updates(updates, accuracies, held):
+    arms = [
+        arm(f"a{count}-{place}", [accuracy - 0.1, accuracy + 0.1], updates=count)
+        for place, (count, accuracy) in enumerate(zip(updates, accuracies, strict=True))
+    ]
+    assert published.judge_fewer_updates(found(*arms)).held is held
+
+
+def test_one_seed_has_a_difference_without_an_error():
+    arms = [arm(f"a{count}", [90.0], updates=count) for count in (400, 200, 100)]
+    verdict = published.judge_fewer_updates(found(*arms))
+    assert verdict.held
+    assert "in points: +0.00, +0.00." in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "held", "said"),
+    [
+        ((95, 93, 94.5, 94, 94.6), True, "the corrected start wins back +1.50 ± 0.08, 75% of it"),
+        ((95, 93, 93.1, 94, 94.6), False, "the corrected start wins back +0.10 ± 0.08, 5% of it"),
+        ((95, 95, 95, 94, 95), False, "costs +0.00 ± 0.08 points (not more than its error allows)"),
+        ((95, 93, 94.5, 94, 94.1), False, "rescaling the buffer wins back +0.10 ± 0.08"),
+    ],
+)
+def test_momentum_settling(accuracies, held, said):
+    names = ("reference", "start_zero", "start_corrected", "change_keep", "change_rescale")
+    arms = [arm(name, [a - 0.1, a, a + 0.1]) for name, a in zip(names, accuracies, strict=True)]
+    verdict = published.judge_momentum_settling(found(*arms))
+    assert verdict.held is held
+    assert said in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "held"),
+    [
+        ((95, 92, 94, 95), True),
+        ((95, 94, 94.05, 95), False),  # a warm-up that is worth less than its error
+        ((95, 92, 94, 93), False),  # the grown batch loses
+    ],
+)
+def test_warmup_or_not(accuracies, held):
+    names = ("small", "no_warm_up", "warm_up", "grown")
+    arms = [arm(name, [a - 0.1, a, a + 0.1]) for name, a in zip(names, accuracies, strict=True)]
+    assert published.judge_warmup_or_not(found(*arms)).held is held
+
+
+def optimum_batch(power, *, base=22.0):
+    """Accuracies that peak at base·(value/middle)^power for each value of each sweep."""
+    arms = []
+    for quantity, values in SWEEPS.items():
+        for value in values:
+            top = math.log2(base * (value / values[1]) ** power)
+            for batch in published.BATCHES:
+                height = 95 - 0.5 * (math.log2(batch) - top) ** 2
+                finals = [height - 0.05, height, height + 0.05]
+                label = f"{quantity} {value:g}"
+                arms.append(arm(f"b{batch}", finals, label=label, panel=quantity, x=batch))
+    return found(*arms)
+
+
+@pytest.mark.parametrize(("power", "held"), [(1.0, True), (0.9, True), (0.0, False), (0.5, False)])
+def test_optimum_batch(power, held):
+    numbers = optimum_batch(power)
+    for quantity in SWEEPS:
+        assert exponent(numbers, quantity)[0] == pytest.approx(power, abs=1e-6)
+    assert published.judge_optimum_batch(numbers).held is held
+
+
+def test_the_peak_of_a_parabola_and_of_a_slope():
+    batches = published.BATCHES
+    heights = [-((math.log2(batch) - 5.3) ** 2) for batch in batches]
+    assert peak(batches, heights) == pytest.approx(2**5.3)
+    assert peak(batches, list(range(11))) == 128  # no peak within: its end, nothing beyond
+
+
+@pytest.mark.parametrize("study", ALL, ids=lambda study: study.stem)
+def test_figure_and_page_can_be_made_from_the_json(study, tmp_path):
+    if study.name == "optimum_batch":
+        made = optimum_batch(1.0)
+    else:
+        made = found(
+            *(
+                arm(a.name, [95.0, 95.5], label=a.label, panel=a.panel, updates=900 - place)
+                for place, a in enumerate(study.arms)
+            )
+        )
+    made = json.loads(compact_json(made))
+    study.draw(made).savefig(tmp_path / "figure.png")
+    text = page(study, made)
+    assert study.judge(made).sentence in text
+    assert f"hvd_lbt study {study.name}" in text
+    assert text.count("\n| ") == len(made["arms"]) + 1
+
+
+def test_json_keeps_five_digits_and_one_line_a_list():
+    text = compact_json({"arms": [{"mean": [0.123456789, 2.0], "n": 3}], "note": "–"})
+    assert json.loads(text) == {"arms": [{"mean": [0.12346, 2.0], "n": 3}], "note": "–"}
+    assert '"mean": [0.12346, 2.0]' in text
+
+
+def test_spread():
+    assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert spread([1.0]) == "1.00"
+    assert spread([]) == "–"
+
+
+def settings(**changes):
+    from argparse import Namespace
+
+    given = {"name": "optimum_batch", "scale": "laptop", "data": None, "jobs": None, "launcher": ""}
+    return Namespace(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": "gpu"}, "--scale gpu: optimum_batch has laptop."),
+        (
+            {"name": "bayesian_evidence", "scale": "gpu"},
+            "bayesian_evidence has only the scale laptop",
+        ),
+        ({"jobs": 0}, "--jobs 0: at least 1 training at a time"),
+        ({"name": "fewer_updates", "scale": "gpu"}, "--data: the gpu scale of fewer_updates needs"),
+    ],
+)
+def test_what_cannot_be_studied_is_named(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main(settings(out=tmp_path, **changes))
