@@ -21,7 +21,6 @@ import yaml
 from matplotlib.figure import Figure
 
 from hvd_lbt.data.digits import cache_folder, write_digits
-from hvd_lbt.data.store import ImageFolder
 from hvd_lbt.errors import UserError
 from hvd_lbt.metrics import revision, versions
 from hvd_lbt.plan import make_plan
@@ -132,9 +131,7 @@ def run_study(
     print(f"{study.stem}: {len(tasks)} trainings, {len(tasks) - len(missing)} of them are done.")
     folder.mkdir(parents=True, exist_ok=True)
     # The longest first, dealt out in turn, so that all workers end at about the same time.
-    order = sorted(
-        missing, key=lambda path: -_updates(tasks[path][1], images[tasks[path][0].digits])
-    )
+    order = sorted(missing, key=lambda path: -_updates(*tasks[path]))
     work = [
         {
             "recipe": tasks[path][0].recipe,
@@ -192,8 +189,10 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
     return (path / "metrics.jsonl").is_file() and read_run(path).reason == "finished"
 
 
-def _updates(recipe: Recipe, data: Path) -> int:
-    return make_plan(recipe.schedule, len(ImageFolder(data / "train"))).updates
+def _updates(arm: Arm, recipe: Recipe) -> int:
+    """How long a training is, to deal them out: exact where the number of images is known."""
+    images = arm.digits.train_samples if arm.digits else recipe.data.train_samples or 50_000
+    return make_plan(recipe.schedule, images).updates
 
 
 def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequence[str]) -> None:
