@@ -228,9 +228,8 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> int:
     """CRC-32 over a model's state_dict; equal on all ranks, compared at each checkpoint."""
     checksum = 0
     for tensor in weights.values():
-        checksum = zlib.crc32(
-            tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum
-        )
+        flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+        checksum = zlib.crc32(flat.numpy().data, checksum)
     return checksum
 
 

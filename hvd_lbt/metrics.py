@@ -156,7 +156,7 @@ class RunLog:
         reducer: dict[str, Any],
         noise: Tensor,
     ) -> None:
-        """Note one finished update. sums: this update's losses, right answers, samples not left out, …
+        """Note one finished update. sums: (3,) its losses, right answers, samples not left out.
 
         data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
         The tensors are read later.
@@ -180,7 +180,7 @@ class RunLog:
             "data_wait": min(1.0, data_wait / seconds),
             **{key: reducer[key] for key in ("wire_scale", "overflows", "skipped")},
         }
-        self._pending.append((record, torch.cat([sums[:3], noise])))
+        self._pending.append((record, torch.cat([sums, noise])))
         if now - self._flushed > FLUSH_SECONDS:
             self.flush()
 

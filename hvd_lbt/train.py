@@ -83,9 +83,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         bucket_mb=recipe.wire.bucket_mb,
         max_bad_updates=recipe.run.max_bad_updates,
     )
-    # of losses, of right answers, of samples not left out, and two of gradient noise
-    sums = torch.zeros(5, device=device)
-    noise = GradientNoise(model, recipe.run.noise_every, sums[3:])
+    noise = GradientNoise(model, recipe.run.noise_every)
     trained: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
@@ -134,6 +132,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         if recipe.run.precision == "bf16"
         else nullcontext()
     )
+    sums = torch.zeros(3, device=device)  # of losses, of right answers, of samples not left out
     model.train()
 
     for update in updates:
@@ -160,6 +159,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         handles = [
             comm.allreduce_async_(sums, "metrics"),
             comm.allreduce_async_(statistics.collected, "batch norm"),
+            *noise.send(comm.allreduce_async_),
         ]
         skipped = reducer.stats()["skipped"]
         try:

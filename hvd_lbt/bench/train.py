@@ -76,12 +76,10 @@ def main(args: argparse.Namespace) -> int:
     )
     side = recipe.data.image_size
 
-    sums = torch.zeros(2, device=device)
-    noise = GradientNoise(ours, 1, sums)
+    noise = GradientNoise(ours, 1)
 
     def step(global_batch: int, measure: bool = False) -> None:
         if measure:
-            sums.zero_()
             noise.begin(0, global_batch)
         layout = make_layout(
             global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
@@ -93,8 +91,7 @@ def main(args: argparse.Namespace) -> int:
             reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
             noise.add_part(len(part))
         handles = [comm.allreduce_async_(statistics.collected, "statistics")]
-        if measure:
-            handles.append(comm.allreduce_async_(sums, "gradient noise"))
+        handles += noise.send(comm.allreduce_async_)
         optimizer.step()
         for handle in handles:
             comm.synchronize(handle)

@@ -7,6 +7,7 @@ gradient. What this has to do with the planned noise scale g is told in docs/gra
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ class GradientNoise:
 
         noise.begin(update.index, update.global_batch)
         reducer.backward(loss, last=…); noise.add_part(samples)  # every micro-batch
-        noise.end(reducer.squared_norm)  # after the step; the ranks' `sums` were summed before
+        handles += noise.send(allreduce_async)  # before the step, waited for after it
+        noise.end(reducer.squared_norm)
 
     An update's B samples are cut into K parts of b_k samples, over all ranks, with mean gradients
     g_k. Their mean, weighted by samples, is the update's gradient g, and with S = Σ (b_k/B)·|g_k|²
@@ -31,16 +33,15 @@ class GradientNoise:
     of the averages is what is told. One part alone (K = 1) tells nothing and is not counted; neither
     is an update that was skipped or sent again in fp32.
 
-    model: whose parameters' gradients count. sums: (2,) fp32 zeros, to be summed over the ranks
-    between the last add_part and end, and zeroed before begin: Σ (b_k/B)·|g_k|² and K.
-    Everything stays on the device, and is the same on all ranks.
+    model: whose parameters' gradients count. Everything stays on the device, and is the same on all
+    ranks.
     """
 
-    def __init__(self, model: nn.Module, every: int, sums: Tensor) -> None:
+    def __init__(self, model: nn.Module, every: int) -> None:
         self.every = every
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sums = sums
-        self._averages = sums.new_zeros(3)  # of tr(Σ), of |G|², and of 1 since the start
+        self._sums = self._parameters[0].new_zeros(2, dtype=torch.float32)  # S and K
+        self._averages = self._sums.new_zeros(3)  # of tr(Σ), of |G|², and of 1 since the start
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._norms: list[Tensor] = []  # of this micro-batch's gradient, parameter by parameter
         self._global_batch = 0
@@ -50,6 +51,7 @@ class GradientNoise:
         self._global_batch = global_batch
         if self.every and update % self.every == 0:
             # On the parameter itself: the hook sees this backward's gradient before it is accumulated.
+            self._sums.zero_()
             self._hooks = [parameter.register_hook(self._note) for parameter in self._parameters]
 
     def _note(self, gradient: Tensor) -> None:
@@ -64,9 +66,13 @@ class GradientNoise:
             self._sums += torch.stack([share, torch.ones_like(share)])
             self._norms.clear()
 
+    def send(self, allreduce_async: Callable[[Tensor, str], Any]) -> list[Any]:
+        """Begin to sum what the ranks counted; the handles to wait for, none if nothing is measured."""
+        return [allreduce_async(self._sums, "gradient noise")] if self._hooks else []
+
     @torch.no_grad()
     def end(self, squared_norm: Callable[[], Tensor | None]) -> None:
-        """Take the world's `sums` and |g|² into the averages.
+        """Take the world's sums and |g|² into the averages.
 
         squared_norm: gives |g|² of the summed gradient, or None if there is none; only asked if this
         update is measured.

@@ -41,7 +41,6 @@ class Measured:
             wire=wire,
         )
         self.every = every
-        self.sums = torch.zeros(2)
         self.generator = torch.Generator().manual_seed(0)
         self.mean = mean * torch.randn(SIZE, generator=self.generator)
         self.deviation = torch.linspace(0.1, 1.0, SIZE)  # Σ is no multiple of one
@@ -50,16 +49,16 @@ class Measured:
         self.updates = 0
 
     def begin_again(self):
-        self.noise = GradientNoise(self.model, self.every, self.sums)
+        self.noise = GradientNoise(self.model, self.every)
 
     def update(self, parts, factor: float = 1.0):
-        self.sums.zero_()
         self.noise.begin(self.updates, sum(parts))
         for index, count in enumerate(parts):
             drawn = torch.randn(count, SIZE, generator=self.generator)
             loss = factor * self.model.loss(self.mean + drawn * self.deviation) / sum(parts)
             self.reducer.backward(loss, last=index == len(parts) - 1)
             self.noise.add_part(count)
+        self.noise.send(lambda tensor, name: tensor)  # one rank's sum is the world's
         self.optimizer.step()
         self.noise.end(self.reducer.squared_norm)
         self.updates += 1
