@@ -14,6 +14,7 @@ from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.pipeline import evaluation_batches
 from hvd_lbt.data.store import Store, open_test_split
+from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.recipe import DataRecipe, Recipe
@@ -33,7 +34,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    store: Store,
+    store: Store | SyntheticStore,
     data: DataRecipe,
     *,
     micro_batch: int,
@@ -78,7 +79,7 @@ def evaluate(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt evaluate`."""
     parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/update-NNNNNNNN.pt")
-    parser.add_argument("--data", type=Path, help="DATA/{test,val}/CLASS/FILE [built-in digits]")
+    parser.add_argument("--data", type=Path, help="a data set in any format [digits]")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
-from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.pipeline import Batch, train_batches
-from hvd_lbt.data.store import open_splits
+from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
@@ -32,7 +31,7 @@ from hvd_lbt.world import World
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt train`."""
     parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--data", type=Path, help="DATA/{train,test}/CLASS/FILE [built-in digits]")
+    parser.add_argument("--data", type=Path, help="a data set, or `synthetic` [digits]")
     parser.add_argument("--out", type=Path, help="the run's folder [runs/NAME]")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument(
@@ -54,9 +53,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`."""
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     device = local_device(world)
-    train_store, test_store = open_splits(
-        data or write_digits(), recipe.data.classes, recipe.data.timeout
-    )
+    train_store, test_store = open_data(data, recipe)
     plan = make_plan(recipe.schedule, len(train_store))
     state = comm.broadcast_object(
         open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None

@@ -35,11 +35,12 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import DataRecipe, load_recipe
 
 CLASSES = 1000
+CPU = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench input`."""
-    parser.add_argument("--data", type=Path, required=True, help="DATA/train/CLASS/FILE")
+    parser.add_argument("--data", type=Path, help="DATA/train/CLASS/FILE [generated images]")
     parser.add_argument("--recipe", default="imagenet_resnet50", help="[imagenet_resnet50]")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -59,13 +60,12 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
     lines = Lines("input", settings=dict(vars(args), threads=threads), path=args.out)
     with tempfile.TemporaryDirectory() as scratch:
-        stores = {"folder": open_train_split(args.data)}
+        data = args.data or write_photographs(Path(scratch, "folder"))
+        stores = {"folder": open_train_split(data)}
         if stores["folder"].index.kind != "folder":
-            raise UserError(
-                f"--data {args.data}: this benchmark begins with DATA/train/CLASS/FILE."
-            )
+            raise UserError(f"--data {data}: this benchmark begins with DATA/train/CLASS/FILE.")
         for form in ENDINGS:
-            convert(args.data, Path(scratch, form), form=form, samples_per_shard=500, jobs=threads)
+            convert(data, Path(scratch, form), form=form, samples_per_shard=500, jobs=threads)
             stores[form] = open_train_split(Path(scratch, form))
         device = torch.device(args.device)
         _check_pixels(stores, recipe.data, args.micro_batch, device, lines)
@@ -78,6 +78,24 @@ def main(args: argparse.Namespace) -> int:
                 first, second = (_index_cost(data) for _ in range(2))
                 lines.result(case=f"index, {kind}", entries=entries, built=first, loaded=second)
     return 0
+
+
+def write_photographs(data: Path, count: int = 250) -> Path:
+    """DATA/train/x/*.jpg: smooth, with edges and noise, in the sizes of ImageNet's; returns DATA."""
+    (data / "train/x").mkdir(parents=True)
+    sizes = ((500, 375), (375, 500), (500, 333), (640, 480), (256, 256), (257, 1000), (120, 90))
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        width, height = sizes[number % len(sizes)]
+        image = 128 + rng.normal(0, 6, (height, width, 3))
+        y, x = np.mgrid[:height, :width][..., None]
+        for _ in range(6):
+            down, right = rng.uniform(-0.1, 0.1, (2, 3))
+            image += rng.uniform(10, 40) * np.sin(x * right + y * down)
+        image[height // 3 :, width // 4 : width // 2] = rng.uniform(0, 255, 3)
+        pixels = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+        pixels.save(data / f"train/x/{number:04}.jpg", quality=90)
+    return data
 
 
 def _batches(
@@ -147,6 +165,7 @@ def _time(
         num_workers=threads,
     )
     streams = {
+        **({"folder, CPU": _batches(folder, data, micro_batch, CPU)} if device != CPU else {}),
         **{name: _batches(store, data, micro_batch, device) for name, store in stores.items()},
         "DALI, its file reader": native_batches(
             folder.index.root, data, micro_batch=micro_batch, threads=threads, device=device

@@ -23,6 +23,7 @@ from hvd_lbt.data.cuts import DRAWS, FLIP, centre_cuts, pad_cuts, random_cuts
 from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.store import Encoded, Store
+from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import DataRecipe
 
@@ -93,7 +94,7 @@ class TrainSamples:
 
 
 def train_batches(
-    store: Store,
+    store: Store | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int, int]],
     *,
@@ -111,13 +112,17 @@ def train_batches(
     and the image of another sample of its ghost batch, so that statistics are of images.
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
+    if isinstance(store, SyntheticStore):
+        return _synthetic(
+            store, data, ((first, count) for first, count, _ in ranges), micro_batch, device
+        )
     samples = TrainSamples(store, seed)
     maker = _Maker(store, data, _Augmented(data), micro_batch, device, local_size)
     return maker.batches(ranges, samples.indices, samples.uniforms, left_out)
 
 
 def evaluation_batches(
-    store: Store,
+    store: Store | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
     *,
@@ -128,6 +133,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
 
+    if isinstance(store, SyntheticStore):
+        return _synthetic(store, data, ranges, micro_batch, device)
+
     def indices(first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count)
 
@@ -136,6 +144,20 @@ def evaluation_batches(
 
     maker = _Maker(store, data, _Plain(data), micro_batch, device, local_size)
     return maker.batches(((*part, micro_batch) for part in ranges), indices, uniforms, left_out)
+
+
+def _synthetic(
+    store: SyntheticStore,
+    data: DataRecipe,
+    ranges: Iterable[tuple[int, int]],
+    micro_batch: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    shape = (micro_batch, 3, data.image_size, data.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.from_numpy(np.resize(store.labels, micro_batch)).to(device)
+    for _, count in ranges:
+        yield Batch(images[:count], labels[:count])
 
 
 def decode_one(image: np.ndarray, size: int) -> Tensor:
@@ -334,13 +356,12 @@ def _build(
     )
     with pipeline:
         encoded, *numbers = fn.external_source(source=source, num_outputs=1 + graph.inputs)
-        # EXIF's rotation is ignored, as by torchvision and timm. nvJPEG is told to upsample chroma as
-        # libjpeg-turbo does.
-        decoding = {
-            "device": "mixed" if on_gpu else "cpu",
-            "adjust_orientation": False,
-            "jpeg_fancy_upsampling": True,
-        }
+        # EXIF's rotation is ignored, as by torchvision and timm.
+        decoding: dict[str, Any] = {"device": "cpu", "adjust_orientation": False}
+        if on_gpu:
+            # Chroma is upsampled as libjpeg-turbo does. The decoding engine would take a share of each
+            # batch: which decoder a sample met would depend on the micro-batch.
+            decoding |= {"device": "mixed", "jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
         images, mirror = graph(encoded, decoding, *numbers)
         images = fn.crop_mirror_normalize(
             images,

@@ -15,9 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.formats import join_recordio
 from hvd_lbt.data.index import Index, open_index
+from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, SampleError, UserError
+from hvd_lbt.recipe import Recipe
 
 IMAGE_FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # by content, as PIL names them
 CLASSES_FILE = "classes.txt"
@@ -213,6 +216,15 @@ def _size_of_whole_jpeg(data: bytes) -> tuple[int, int] | None:
             return None
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None
+
+
+def open_data(
+    data: Path | None, recipe: Recipe
+) -> tuple[Store, Store] | tuple[SyntheticStore, SyntheticStore]:
+    """The splits that `--data` names: None is the built-in digits, `synthetic` images in memory."""
+    if data == SYNTHETIC:
+        return synthetic_splits(recipe)
+    return open_splits(data or write_digits(), recipe.data.classes, recipe.data.timeout)
 
 
 def open_splits(

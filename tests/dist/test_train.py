@@ -1,6 +1,7 @@
 """Whole runs on real ranks: the update does not know how many there are, and nothing is lost."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -155,6 +156,50 @@ def test_an_unreadable_image_is_named_and_ends_all_ranks(start, digits, tmp_path
     ended = start(2, *words, timeout=90).wait()
     assert ended.code == 2
     assert f"hvd_lbt: {image} is no whole image: Truncated File Read" in ended.output
+
+
+def test_bad_samples_are_left_out_alike_on_any_number_of_ranks(ranks, digits, tmp_path):
+    data = tmp_path / "data"
+    broken = [broken_copy(digits, data), *sorted((data / "train/3").iterdir())[4:6]]
+    broken[1].write_bytes(b"")
+    broken[2].write_text("no image")
+    few = tmp_path / "few"  # two test images, one of them bad
+    shutil.copytree(data / "train", few / "train")
+    for name in ("3/one.png", "7/two.png"):
+        (few / "test" / name).parent.mkdir(parents=True)
+        shutil.copy(sorted((digits / "test/3").iterdir())[0], few / "test" / name)
+    (few / "test/7/two.png").write_bytes(b"")
+    settings = (*EXACT, "schedule.epochs=1", "schedule.milestones=[]", "data.on_bad_sample=skip")
+    for number, its_data in ((1, data), (3, few)):
+        out = tmp_path / str(number)
+        output = ranks(number, *train(*settings, data=its_data, out=out, smooth=True))
+        assert sum(update["left_out"] for update in events(out, "update")) == len(broken)
+        listed = "".join(file.read_text() for file in out.glob("left_out.*.txt"))
+        for file in broken:
+            assert listed.count(f"{its_data / file.relative_to(data)} is no whole image") == 1
+        assert "samples left out" in output
+    assert difference(tmp_path / "1", tmp_path / "3") < ROUNDING
+    assert events(tmp_path / "1", "eval")[-1]["samples"] == 360
+    assert events(tmp_path / "3", "eval")[-1]["samples"] == 1  # of two, for three ranks
+
+
+def test_storage_that_gives_no_answer_ends_all_ranks_with_the_files_name(start, digits, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    stalled = data / "train/5/stalled.png"
+    os.mkfifo(stalled)  # whoever opens it waits for ever
+    words = train(*SMALL, "data.timeout=2", data=data, out=tmp_path / "run")
+    ended = start(2, *words, timeout=90).wait()
+    assert ended.code == 2
+    assert f"hvd_lbt: {stalled} was not read within 2 s (data.timeout)" in ended.output
+
+
+def test_synthetic_images_train_without_files(ranks, tmp_path):
+    settings = (*SMALL, "schedule.epochs=0.2", "schedule.milestones=[]")
+    output = ranks(2, *train(*settings, data=Path("synthetic"), out=tmp_path / "run"))
+    (end,) = events(tmp_path / "run", "end")
+    share = f"{end['data_wait']:.1%} of the training time was spent waiting for data"
+    assert share in output
 
 
 def test_a_resume_with_another_recipe_is_refused_on_all_ranks(start, ranks, tmp_path):
