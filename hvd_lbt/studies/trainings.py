@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 from hvd_lbt.data.digits import cache_folder, write_digits
 from hvd_lbt.errors import UserError
-from hvd_lbt.metrics import revision, versions
 from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.report import Band, Group, Run, evaluated, measured, read_run
@@ -182,7 +181,8 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
     if not (path / "recipe.yaml").is_file():
         return False
     old = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    if changes := recipe.changes_since(old):
+    # What has become a setting since then had its default.
+    if changes := recipe.changes_since(Recipe.model_validate(old).to_dict()):
         raise UserError(
             f"{path} was trained with other settings: {changes}. Give another --out, or remove it."
         )
@@ -265,12 +265,13 @@ def collect(study: Study, runs: dict[Path, Run]) -> Found:
                 "accuracy": _curve(evaluated(group)),
             }
         )
+    abouts = [run.about for run in runs.values()]
     return {
         "study": study.name,
         "scale": study.scale,
         "arms": arms,
-        "versions": versions(),
-        "revision": revision(),
+        "versions": abouts[0]["versions"],
+        "revision": ", ".join(dict.fromkeys(about["revision"] for about in abouts)),
     }
 
 
@@ -325,7 +326,7 @@ def page(study: Study, found: Found) -> str:
     scale = "" if study.scale == "laptop" else f" --scale {study.scale} --data FOLDER"
     verdict = study.judge(found)
     rows = [
-        f"| {arm['label']} | {_batches(arm)} | {arm['first_lr']:g} | {arm['momentum']:g} | "
+        f"| {_row_label(arm)} | {_batches(arm)} | {arm['first_lr']:g} | {arm['momentum']:g} | "
         f"{arm['first_noise_scale']:.4g} | {arm['updates']:,} | {spread(arm['final_losses'], 4)} | "
         f"{spread(arm['finals'])} % | {arm['paper']} |"
         for arm in found["arms"]
@@ -362,6 +363,10 @@ def page(study: Study, found: Found) -> str:
             "",
         ]
     )
+
+
+def _row_label(arm: Found) -> str:
+    return arm["label"] if arm["panel"] in arm["label"] else f"{arm['panel']}: {arm['label']}"
 
 
 def _batches(arm: Found) -> str:

@@ -33,12 +33,12 @@ def test_every_arm_is_a_recipe_that_can_be_planned(study):
 def test_the_noise_is_that_of_the_first_arm_where_the_claim_is_about_equal_noise():
     for name in ("three_schedules", "fewer_updates", "momentum_settling"):
         for study in STUDIES[name].values():
-            scales = []
+            scales = {}
             for arm in study.arms:
                 recipe = load_recipe(arm.recipe, arm.overrides)
                 samples = arm.digits.train_samples if arm.digits else recipe.data.train_samples
-                scales.append(make_plan(recipe.schedule, samples).stages[0].noise_scale)
-            assert scales == pytest.approx([scales[0]] * len(scales))
+                scale = make_plan(recipe.schedule, samples).stages[0].noise_scale
+                assert scale == pytest.approx(scales.setdefault(arm.panel, scale))
 
 
 def arm(name, finals, *, updates=1000, loss=(1.0, 0.1), label="", panel="", x=None):
@@ -139,9 +139,11 @@ def test_one_seed_has_a_difference_without_an_error():
     ("accuracies", "held", "said"),
     [
         ((95, 93, 94.5, 94, 94.6), True, "the corrected start wins back +1.50 ± 0.08, 75% of it"),
-        ((95, 93, 93.1, 94, 94.6), False, "the corrected start wins back +0.10 ± 0.08, 5% of it"),
+        ((95, 93, 93.1, 94, 94.6), False, "the corrected start changes that by +0.10 ± 0.08"),
+        ((95, 93, 93.5, 94, 94.6), False, "the corrected start wins back +0.50 ± 0.08, 25% of it"),
+        ((95, 93, 91, 94, 94.6), False, "the corrected start loses more: -2.00 ± 0.08"),
         ((95, 95, 95, 94, 95), False, "costs +0.00 ± 0.08 points (not more than its error allows)"),
-        ((95, 93, 94.5, 94, 94.1), False, "rescaling the buffer wins back +0.10 ± 0.08"),
+        ((95, 93, 94.5, 94, 94.1), False, "rescaling the buffer changes that by +0.10 ± 0.08"),
     ],
 )
 def test_momentum_settling(accuracies, held, said):
