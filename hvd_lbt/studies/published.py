@@ -181,7 +181,8 @@ def judge_warmup_or_not(found: Found) -> Verdict:
         sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), in points: linear "
         f"scaling without warm-up {told(losses['no_warm_up'])}, with it {told(losses['warm_up'])} "
         f"({warm['updates']:,} updates), the grown batch without warm-up {told(losses['grown'])} "
-        f"({grown['updates']:,} updates). The warm-up is worth {told(helps)}. (Held: the warm-up is worth more "
+        f"({grown['updates']:,} updates). The warm-up is worth {told(helps)}; without it the training loss "
+        f"ends {np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. (Held: the warm-up is worth more "
         f"than two standard errors, and the grown batch loses at most {SAME:g} point without it.)",
     )
 
