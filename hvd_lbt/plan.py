@@ -25,7 +25,8 @@ class Stage:
     """A span with one global batch and momentum; the lr is constant or follows a shape.
 
     first_sample: samples seen before it; samples: seen in it. Updates are of `global_batch`
-    samples, except the last of the run, which takes what is left. lr and the noise scales are those
+    samples, except the last of the run, which takes what is left, with an lr that is smaller by the
+    same factor. lr and the noise scales are those
     of its first update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's.
     """
 
@@ -98,7 +99,8 @@ class Plan:
             samples / self.train_samples for samples in (seen, stage.first_sample)
         )
         shares = [lr_share(self.schedule, stage.shape, at) for at in (epoch, first_epoch)]
-        lr = stage.lr * (shares[0] / shares[1])
+        # The lr of a smaller last update is smaller too, so that it is not noisier than planned.
+        lr = stage.lr * (shares[0] / shares[1]) * (global_batch / stage.global_batch)
         unsettled = prod(other.momentum**other.updates for other in self.stages[: place - 1])
         unsettled *= stage.momentum ** (update - stage.first_update + 1)
         return Update(
@@ -249,7 +251,9 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
             )
     last = plan.at(plan.updates - 1).global_batch
     if last < plan.stages[-1].global_batch:
-        notes.append(f"The last update takes the {last:,} samples that are left.")
+        notes.append(
+            f"The last update takes the {last:,} samples that are left, with an lr smaller in proportion."
+        )
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:
         notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")

@@ -139,12 +139,11 @@ def test_a_stage_too_short_for_one_update_is_left_out_and_said():
     assert "Warning: 1 stages are shorter than one update" in shown(recipe, plan, 1)
 
 
-def test_the_smaller_last_update_is_the_noisier_one():
-    plan = make_plan(schedule(milestones=[]), 103)
-    assert plan.at(102).noise_scale == plan.stages[0].noise_scale
-    assert make_plan(schedule(milestones=[], epochs=0.15), 103).at(1).noise_scale == pytest.approx(
-        0.1 * 103 / (5 * 0.1)
-    )
+def test_the_smaller_last_update_has_a_smaller_lr_and_the_planned_noise():
+    plan = make_plan(schedule(milestones=[], epochs=0.15), 103)
+    assert [plan.at(index).global_batch for index in (0, 1)] == [10, 5]
+    assert [plan.at(index).lr for index in (0, 1)] == [0.1, 0.05]
+    assert plan.at(1).noise_scale == pytest.approx(plan.at(0).noise_scale)
 
 
 def test_exact_noise_is_zero_where_the_batch_is_all_there_is():
@@ -183,7 +182,10 @@ def test_the_table_warns_of_idle_workers():
     text = shown(recipe, make_plan(recipe.schedule, 50_000), 4)
     assert "Warning: in stage 1 3 of 4 workers have no samples" in text
     assert "stage 2" not in text
-    assert "The last update takes the 3,584 samples that are left." in text
+    assert (
+        "The last update takes the 3,584 samples that are left, with an lr smaller in proportion."
+        in text
+    )
 
 
 def test_a_milestone_may_change_the_momentum_and_the_noise_scale_is_still_as_planned():
@@ -215,7 +217,8 @@ def lrs(plan, *indices) -> list[float]:
 def test_the_warm_up_rises_linearly_from_its_first_lr_and_then_ends():
     warm = schedule(warm_up={"epochs": 2, "first_lr": 0.02})
     plan = make_plan(warm, 100)
-    # 20 updates of 10 samples: 0.02 + 0.08 · t/20, then 0.1; at epoch 4 the batch takes over
+    # 20 updates of 10 samples: 0.02 + 0.08 · t/20, then 0.1; at epoch 4 the batch takes over. The
+    # last update takes the 200 samples that are left, of 250.
     assert [(s.first_update, s.updates, s.global_batch) for s in plan.stages] == [
         (0, 20, 10),
         (20, 20, 10),
@@ -223,7 +226,7 @@ def test_the_warm_up_rises_linearly_from_its_first_lr_and_then_ends():
         (48, 1, 250),
     ]
     assert lrs(plan, 0, 5, 10, 19, 20, 39, 40, 48) == pytest.approx(
-        [0.02, 0.04, 0.06, 0.096, 0.1, 0.1, 0.1, 0.1]
+        [0.02, 0.04, 0.06, 0.096, 0.1, 0.1, 0.1, 0.08]
     )
     assert (plan.stages[0].lr, plan.stages[0].last_lr) == pytest.approx((0.02, 0.096))
     assert plan.at(10).noise_scale == pytest.approx(0.06 * 100 / (10 * 0.1))
