@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.pipeline import evaluation_batches
+from hvd_lbt.data.samples import batch_maker
 from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError
@@ -53,7 +53,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for batch in evaluation_batches(
+    for batch in batch_maker(data).evaluation_batches(
         store,
         data,
         ranges,

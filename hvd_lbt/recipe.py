@@ -33,7 +33,15 @@ Triple = tuple[float, float, float]
 # told of the run, not what is computed.
 FREE_AT_RESUME: dict[str, Any] = {
     "name": True,
-    "data": {"train_samples", "threads", "prefetch", "readers", "timeout", "on_bad_sample"},
+    "data": {
+        "train_samples",
+        "threads",
+        "prefetch",
+        "readers",
+        "timeout",
+        "on_bad_sample",
+        "resident",
+    },
     "layout": {"micro_batch"},
     "wire": {"bucket_mb"},
     "run": {
@@ -75,6 +83,8 @@ class DataRecipe(_Section):
     """Micro-batches made ahead."""
     readers: Count = 4
     """Threads on each worker that read files."""
+    resident: bool = False
+    """Decode all images at the start and keep them on the device, without DALI: for small images."""
     timeout: Positive = 300.0
     """Seconds after which a read without an answer ends the run with the file's name."""
 
@@ -84,6 +94,21 @@ class DataRecipe(_Section):
         if min(std) <= 0:
             raise ValueError("each of the three must be greater than 0")
         return std
+
+    @model_validator(mode="after")
+    def _resident_as_they_are(self) -> "DataRecipe":
+        for key, allowed in {
+            "augment": ("none", "pad_crop"),
+            "eval_resize": (None,),
+            "on_bad_sample": ("error",),
+        }.items():
+            value = getattr(self, key)
+            if self.resident and value not in allowed:
+                raise ValueError(
+                    f"data.{key}: {value!r} does not go with data.resident, which keeps whole images "
+                    f"of data.image_size; it must be {' or '.join(map(str, allowed))}."
+                )
+        return self
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataRecipe":

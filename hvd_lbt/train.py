@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
-from hvd_lbt.data.pipeline import Batch, train_batches
+from hvd_lbt.data.samples import Batch, batch_maker
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
@@ -114,7 +114,7 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
         checkpoints.save(updates_done, about | parts, best=best)
 
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
-    batches = train_batches(
+    batches = batch_maker(recipe.data).train_batches(
         train_store,
         recipe.data,
         micro_batch_ranges(updates, recipe, world),

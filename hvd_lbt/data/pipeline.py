@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hvd_lbt.data.cuts import DRAWS, FLIP, centre_cuts, pad_cuts, random_cuts
-from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
+from hvd_lbt.data.cuts import FLIP, centre_cuts, pad_cuts, random_cuts
 from hvd_lbt.data.reading import Readers
+from hvd_lbt.data.samples import LEFT_OUT, Batch, TrainSamples
 from hvd_lbt.data.store import Encoded, Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
@@ -36,15 +36,6 @@ except ImportError as error:
     ) from error
 
 READ_AT_ONCE = 8  # samples that one task of a reader reads: handing tasks over has its price
-LEFT_OUT = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
-
-
-@dataclass(frozen=True)
-class Batch:
-    """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,), LEFT_OUT where a sample was bad."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass
@@ -66,31 +57,6 @@ class _Work:
     reads: list[_Read]
     samples: list[Encoded]
     left_out: set[int]  # places within the micro-batch
-
-
-class TrainSamples:
-    """The stream of training samples, epoch after epoch, each in its own order."""
-
-    def __init__(self, store: Store, seed: int):
-        self.store, self.seed = store, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def indices(self, first: int, count: int) -> np.ndarray:
-        """The store's indices of the stream's samples [first, first + count): int64 (count,)."""
-        pieces = []
-        for epoch, position, length in stream_ranges(first, count, len(self.store)):
-            if epoch != self._epoch:
-                self._epoch, self._order = (epoch, epoch_order(self.seed, epoch, len(self.store)))
-            pieces.append(self._order[position : position + length])
-        return np.concatenate(pieces)
-
-    def uniforms(self, first: int, count: int) -> np.ndarray:
-        """Their random numbers: fp64 (count, DRAWS) in [0, 1)."""
-        pieces = [
-            sample_uniforms(self.seed, epoch, position, length, DRAWS)
-            for epoch, position, length in stream_ranges(first, count, len(self.store))
-        ]
-        return np.concatenate(pieces)
 
 
 def train_batches(

@@ -1,0 +1,170 @@
+"""A data set of small images whole in the device's memory: decoded once, cut and mirrored there.
+
+For CIFAR-10 and its like, where decoding every epoch anew is most of the work, and for machines
+without DALI. Order, cuts and mirroring are those of the DALI pipeline, from the same numbers; so are
+the pixels of PNG files, and of JPEG files as far as the two decoders round alike (libjpeg-turbo's
+here, in Pillow).
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hvd_lbt.data.cuts import FLIP, pad_cuts
+from hvd_lbt.data.reading import Readers
+from hvd_lbt.data.samples import Batch, TrainSamples
+from hvd_lbt.data.store import Store
+from hvd_lbt.data.synthetic import SyntheticStore
+from hvd_lbt.errors import ReadError, SampleError, UserError
+from hvd_lbt.recipe import DataRecipe
+
+DECODED_AT_ONCE = 256  # samples of one task
+# All images of a store, uint8 (N, H, W, 3), on one device; gone with the store.
+_kept: WeakKeyDictionary[Store, Tensor] = WeakKeyDictionary()
+
+
+def train_batches(
+    store: Store | SyntheticStore,
+    data: DataRecipe,
+    ranges: Iterable[tuple[int, int, int]],
+    *,
+    seed: int,
+    micro_batch: int,
+    device: torch.device,
+    local_size: int = 1,
+    left_out: Callable[[SampleError], None] | None = None,
+) -> Iterator[Batch]:
+    """One batch for each (first sample of the stream, count, ghost batch) of `ranges`, in order.
+
+    As the DALI pipeline's, without a limit to `micro_batch`. Raises SampleError naming an image that
+    cannot be decoded or is not of data.image_size, UserError if all do not fit into memory.
+    """
+    samples = TrainSamples(_of_files(store), seed)
+    for first, count, _ in ranges:
+        uniforms = samples.uniforms(first, count)
+        cuts = np.zeros((count, 2))
+        if data.augment == "pad_crop":
+            cuts = pad_cuts(uniforms, data.pad)
+        mirror = (uniforms[:, FLIP] >= 0.5) & data.flip
+        yield _batch(samples.store, data, samples.indices(first, count), cuts, mirror, device)
+
+
+def evaluation_batches(
+    store: Store | SyntheticStore,
+    data: DataRecipe,
+    ranges: Iterable[tuple[int, int]],
+    *,
+    micro_batch: int,
+    device: torch.device,
+    local_size: int = 1,
+    left_out: Callable[[SampleError], None] | None = None,
+) -> Iterator[Batch]:
+    """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
+    for first, count in ranges:
+        nothing = np.zeros((count, 2))
+        yield _batch(
+            _of_files(store),
+            data,
+            np.arange(first, first + count),
+            nothing,
+            nothing[:, 0] > 0,
+            device,
+        )
+
+
+def _batch(
+    store: Store,
+    data: DataRecipe,
+    indices: np.ndarray,
+    cuts: np.ndarray,
+    mirror: np.ndarray,
+    device: torch.device,
+) -> Batch:
+    """Cut, mirror, normalise. cuts: (left, top) of each, in pixels; outside of the image is black."""
+    images = _all_images(store, data, device)
+    # one transfer: index, left, top, mirror, label
+    numbers = np.c_[indices, cuts, mirror, store.labels[indices]].astype(np.int64)
+    where, left, top, mirrored, labels = torch.from_numpy(numbers).to(device).unbind(1)
+    side = torch.arange(data.image_size, device=device)
+    rows = top[:, None] + side
+    columns = left[:, None] + torch.where(mirrored[:, None] > 0, side.flip(0), side)
+    last = data.image_size - 1
+    inside = ((rows >= 0) & (rows <= last))[:, :, None] & ((columns >= 0) & (columns <= last))[
+        :, None
+    ]
+    pixels = images[
+        where[:, None, None], rows.clamp(0, last)[:, :, None], columns.clamp(0, last)[:, None]
+    ]
+    mean, std = (torch.tensor(value, device=device) for value in (data.mean, data.std))
+    normal = (pixels * inside[..., None] - mean) / std
+    return Batch(normal.permute(0, 3, 1, 2), labels.clone())
+
+
+def _of_files(store: Store | SyntheticStore) -> Store:
+    if isinstance(store, SyntheticStore):
+        raise UserError("data.resident has no effect with --data synthetic: leave it out.")
+    return store
+
+
+def _all_images(store: Store, data: DataRecipe, device: torch.device) -> Tensor:
+    """All images of the store, decoded when they are first asked for."""
+    if store not in _kept:
+        _check_room(len(store) * 3 * data.image_size**2, device)
+        images = torch.empty(len(store), data.image_size, data.image_size, 3, dtype=torch.uint8)
+        readers = Readers(data.readers)
+        parts = np.arange(0, len(store), DECODED_AT_ONCE)
+        tasks = [
+            readers.submit(_decode, store, images.numpy(), int(first), data.image_size)
+            for first in parts
+        ]
+        try:
+            for first, task in zip(parts, tasks, strict=True):
+                try:
+                    task.result(data.timeout)
+                except TimeoutError as error:
+                    raise ReadError(
+                        f"{store.name(int(first))} and those after it were not read within "
+                        f"{data.timeout:g} s (data.timeout): does their storage answer?"
+                    ) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+            readers.close()
+        _kept[store] = images.to(device)
+    return _kept[store]
+
+
+def _decode(store: Store, images: np.ndarray, first: int, size: int) -> None:
+    """Decode samples [first, first + DECODED_AT_ONCE) into their places."""
+    for index in range(first, min(first + DECODED_AT_ONCE, len(store))):
+        encoded = store.image(index)
+        if (encoded.height, encoded.width) != (size, size):
+            raise SampleError(
+                f"{store.name(index)} has {encoded.width}×{encoded.height} pixels: data.resident keeps images "
+                f"of data.image_size only, {size}×{size}. Leave data.resident out, or resize the files."
+            )
+        try:
+            with Image.open(io.BytesIO(encoded.data.tobytes())) as image:
+                images[index] = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SampleError(
+                f"{store.name(index)} cannot be decoded: {error}. Replace or remove it."
+            ) from error
+
+
+def _check_room(size: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > 0.8 * free:
+        raise UserError(
+            f"data.resident: all images take {size / 2**30:,.1f} GiB, and {device} has "
+            f"{free / 2**30:,.1f} GiB free. Leave data.resident out: DALI then makes them as they are needed."
+        )
