@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "data digits": ("hvd_lbt.data.digits", "write the built-in data set as image files"),
 }
 EXIT_USER_ERROR = 2
+EXIT_FAILED = 1
 # A launcher kills all ranks when one fails: the rank that tells the reason must come first.
 SECONDS_TO_TELL = 3.0
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -65,18 +67,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         _end_all_ranks(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
+    except Exception as error:  # a fault of the program or of the machine, on this rank alone
+        if (comm := _world_is_up()) is None:
+            raise
+        _tell_failure(error, lost=comm.is_lost(error))
+        comm.abort(EXIT_FAILED)
+        raise
 
 
 def _tell(error: UserError) -> None:
     """Print the error once: every rank meets the same one, except where a sample is bad."""
-    rank = next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
-    if rank > 0 and not isinstance(error, SampleError):
+    if _rank() > 0 and not isinstance(error, SampleError):
         time.sleep(SECONDS_TO_TELL)
     else:
         print(f"hvd_lbt: {error}", file=sys.stderr, flush=True)
 
 
-def _end_all_ranks(code: int) -> None:
+def _tell_failure(error: Exception, *, lost: bool) -> None:
+    """Print where this rank failed; what only follows from another rank's failure comes after it."""
+    who = f"hvd_lbt: rank {_rank()} on {os.uname().nodename}"
+    if lost:
+        time.sleep(SECONDS_TO_TELL)
+        message = f"{who} ends because another rank failed or is gone: {error}\n"
+    else:
+        message = f"{who} failed:\n{''.join(traceback.format_exception(error))}"
+    print(message, file=sys.stderr, end="", flush=True)
+
+
+def _rank() -> int:
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def _world_is_up() -> ModuleType | None:
     comm: ModuleType | None = sys.modules.get("hvd_lbt.comm")
-    if comm is not None and comm.is_initialized():
+    return comm if comm is not None and comm.is_initialized() else None
+
+
+def _end_all_ranks(code: int) -> None:
+    if (comm := _world_is_up()) is not None:
         comm.abort(code)

@@ -8,6 +8,8 @@ negotiation.
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ try:
     if not _GLOO:
         from mpi4py import MPI
     import horovod.torch as hvd
+    from horovod.common.exceptions import HorovodInternalError
 except ImportError as error:
     raise UserError(
         f"Horovod and mpi4py are needed to train, and one does not import ({error}). "
@@ -31,9 +34,22 @@ except ImportError as error:
     ) from error
 
 
+# A collective that one rank does not join ends the run after so many seconds; Horovod names tensor
+# and ranks, first as a warning. It must be set before Horovod starts; 0 waits for ever.
+STALL_SECONDS = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+# Horovod cannot see a rank that is frozen or unreachable: a watchdog comes so much later.
+WATCHDOG_MARGIN = 30.0
+EXIT_STALLED = 74  # EX_IOERR of sysexits.h: another rank does not answer
+_names: dict[int, str] = {}  # of the handles that are out
+_waiting: tuple[str, float] | None = None  # for which sum, since when
+
+
 def init() -> World:
     """Join the world: start Horovod and, with a GPU per local rank, take this rank's GPU."""
+    os.environ.setdefault(STALL_SECONDS, "600")
     hvd.init()
+    if hvd.size() > 1 and (stall := float(os.environ[STALL_SECONDS])):
+        threading.Thread(target=_watch, args=(stall,), daemon=True, name="watchdog").start()
     world = World(
         rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size()
     )
@@ -59,12 +75,19 @@ def is_initialized() -> bool:
 
 def allreduce_async_(tensor: Tensor, name: str) -> int:
     """Begin the in-place sum of `tensor` over all ranks; the handle goes to `synchronize`."""
-    return hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
+    handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum)
+    _names[handle] = name
+    return handle
 
 
 def synchronize(handle: int) -> Tensor:
     """Wait for a handle of `allreduce_async_`."""
-    return hvd.synchronize(handle)
+    global _waiting
+    _waiting = (_names.pop(handle, "a collective"), time.monotonic())
+    try:
+        return hvd.synchronize(handle)
+    finally:
+        _waiting = None
 
 
 def poll(handle: int) -> bool:
@@ -74,7 +97,7 @@ def poll(handle: int) -> bool:
 
 def allreduce_(tensor: Tensor, name: str) -> Tensor:
     """Sum `tensor` over all ranks in place."""
-    return hvd.synchronize(allreduce_async_(tensor, name))
+    return synchronize(allreduce_async_(tensor, name))
 
 
 def broadcast_(tensors: Mapping[str, Tensor], root: int = 0) -> None:
@@ -112,6 +135,27 @@ def shutdown() -> None:
     if is_initialized():
         hvd.barrier()
         hvd.shutdown()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this error only says that another rank has failed or is gone."""
+    return isinstance(error, HorovodInternalError)
+
+
+def _watch(stall: float) -> None:
+    """End this process if it waits for the others longer than Horovod's own check allows."""
+    while True:
+        time.sleep(min(5.0, stall / 4))
+        waiting = _waiting
+        if waiting and time.monotonic() - waiting[1] > stall + WATCHDOG_MARGIN:
+            print(
+                f"hvd_lbt: rank {hvd.rank()} on {os.uname().nodename} has waited "
+                f"{time.monotonic() - waiting[1]:.0f} s for the ranks' sum of {waiting[0]!r}: another "
+                f"rank hangs, is frozen or unreachable. Ended ({STALL_SECONDS}={stall:g}).",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_STALLED)
 
 
 def abort(code: int) -> None:

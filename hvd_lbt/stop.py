@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Slurm and srun may each hand on the one signal that was meant: later than this it is a second one.
+SECONDS_OF_ONE_SIGNAL = 2.0
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, start again with --resume
 
 
@@ -25,6 +28,7 @@ class StopRequest:
         synchronize: Callable[[int], Tensor],
     ):
         self._allreduce_async, self._synchronize = allreduce_async, synchronize
+        self._asked_at = float("inf")
         self._asked = torch.zeros(2)  # stop · save
         self._sum = torch.zeros(2)
         self._handle = -1
@@ -32,12 +36,14 @@ class StopRequest:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._asked[0]:
+        now = time.monotonic()
+        if now - self._asked_at > SECONDS_OF_ONE_SIGNAL:
             os._exit(128 + number)
-        self._asked[0] = 1.0
+        self._asked_at = min(self._asked_at, now)
 
     def ask(self, save: bool = False) -> None:
         """Begin to sum the flags as they are now."""
+        self._asked[0] = float(self._asked_at < float("inf"))
         self._asked[1] = float(save)
         self._sum.copy_(self._asked)
         self._handle = self._allreduce_async(self._sum, "stop")
@@ -46,3 +52,9 @@ class StopRequest:
         """Whether any rank was told to stop, and any wanted to save: the same on all ranks."""
         stop, save = self._synchronize(self._handle).tolist()
         return stop > 0, save > 0
+
+
+def ignore_signals() -> None:
+    """From the end of a run on: a launcher ends all ranks when the first leaves with 75."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

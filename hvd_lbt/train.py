@@ -24,7 +24,7 @@ from hvd_lbt.models import RunningStatistics, build_model
 from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
-from hvd_lbt.stop import EXIT_STOPPED, StopRequest
+from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.world import World
 
 
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
     world = comm.init()
     out = args.out or Path("runs", recipe.name)
     code = train(recipe, data=args.data, out=out, resume=args.resume, world=world)
+    ignore_signals()
     comm.shutdown()
     return code
 
