@@ -10,10 +10,11 @@ import shlex
 import signal
 from pathlib import Path
 
+from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies import bayesian_evidence, published
-from hvd_lbt.studies.trainings import Stopped, run_study
+from hvd_lbt.studies.trainings import Stopped, run_study, shortened
 
 SCALES = ("laptop", "gpu", "cluster")
 
@@ -27,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="the images of the gpu and cluster scales")
     parser.add_argument(
         "--jobs", type=int, help="trainings at a time [cores; 1 above laptop scale]"
+    )
+    parser.add_argument(
+        "--updates",
+        type=int,
+        metavar="K",
+        help="a dry run on the images of --data: about K updates of each training, one seed",
     )
     parser.add_argument(
         "--launcher",
@@ -48,13 +55,18 @@ def main(args: argparse.Namespace) -> int:
     scales = published.STUDIES[args.name]
     if args.scale not in scales:
         raise UserError(f"--scale {args.scale}: {args.name} has {', '.join(scales)}.")
+    study = scales[args.scale]
+    if args.updates is not None:
+        if args.updates < 1 or args.data is None:
+            raise UserError("--updates K: a dry run needs K of at least 1, and --data FOLDER.")
+        study = shortened(study, args.updates, len(open_train_split(args.data)))
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
     # Every training is sent the signal too, saves, and ends.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         print(
             run_study(
-                scales[args.scale],
+                study,
                 args.out,
                 data=args.data,
                 jobs=jobs,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,28 @@ class Study:
 
 class Stopped(Exception):
     """A signal ended the trainings; what they had done is saved."""
+
+
+def shortened(study: Study, updates: int, train_samples: int) -> Study:
+    """A dry run of `study`: epochs and milestones shrunk in proportion, to about so many updates each.
+
+    It is another study, with a folder and a report of its own. train_samples: of the images at hand.
+    """
+
+    def shorten(arm: Arm) -> Arm:
+        schedule = load_recipe(arm.recipe, arm.overrides).schedule
+        factor = updates * schedule.first_global_batch / (schedule.epochs * train_samples)
+        overrides = [f"schedule.epochs={factor * schedule.epochs}"]
+        if schedule.milestones:
+            milestones = [m.model_dump(mode="json", exclude_none=True) for m in schedule.milestones]
+            scaled = [m | {"epoch": factor * m["epoch"]} for m in milestones]
+            overrides.append(f"schedule.milestones={json.dumps(scaled)}")
+        if schedule.warm_up is not None:
+            overrides.append(f"schedule.warm_up.epochs={factor * schedule.warm_up.epochs}")
+        return replace(arm, overrides=(*arm.overrides, *overrides))
+
+    arms = tuple(shorten(arm) for arm in study.arms)
+    return replace(study, name=f"{study.name}_dry_run", arms=arms, seeds=study.seeds[:1])
 
 
 def run_study(

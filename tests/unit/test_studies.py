@@ -11,7 +11,7 @@ from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.studies import published
 from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
-from hvd_lbt.studies.trainings import compact_json, page, spread
+from hvd_lbt.studies.trainings import compact_json, page, shortened, spread
 from hvd_lbt.study import main
 
 
@@ -231,7 +231,14 @@ def test_spread():
 def settings(**changes):
     from argparse import Namespace
 
-    given = {"name": "optimum_batch", "scale": "laptop", "data": None, "jobs": None, "launcher": ""}
+    given = {
+        "name": "optimum_batch",
+        "scale": "laptop",
+        "data": None,
+        "jobs": None,
+        "launcher": "",
+        "updates": None,
+    }
     return Namespace(**(given | changes))
 
 
@@ -250,3 +257,22 @@ def settings(**changes):
 def test_what_cannot_be_studied_is_named(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main(settings(out=tmp_path, **changes))
+
+
+def test_a_dry_run_is_the_same_schedules_in_so_many_updates():
+    whole = STUDIES["fewer_updates"]["gpu"]
+    short = shortened(whole, 40, 600)
+    assert short.stem == "fewer_updates_dry_run_gpu"
+    stages = {}
+    for arm, long in zip(short.arms, whole.arms, strict=True):
+        recipe, own = (load_recipe(one.recipe, one.overrides) for one in (arm, long))
+        assert recipe.data.resident
+        assert recipe.schedule.first_global_batch == own.schedule.first_global_batch
+        plan = make_plan(recipe.schedule, 600)
+        assert plan.stages[0].global_batch == own.schedule.first_global_batch
+        assert plan.samples == 40 * own.schedule.first_global_batch
+        stages[arm.name] = [(stage.updates, stage.global_batch) for stage in plan.stages]
+    # 60, 120 and 160 of 200 epochs are 3, 6 and 8 tenths
+    assert stages["cifar10_decay_lr"] == [(12, 128), (12, 128), (8, 128), (8, 128)]
+    assert stages["cifar10_grow_batch"][0] == (12, 128)
+    assert sum(count for count, _ in stages["cifar10_grow_batch"]) < 20
