@@ -99,7 +99,10 @@ def draw_peaks(
                     x, finals.min(1), finals.max(1), color=COLOURS[place], alpha=0.15, linewidth=0
                 )
                 above.axvline(top, color=COLOURS[place], linestyle=":", linewidth=1.5)
-            _doubling(above, x)
+            shown = [arm for arm in found["arms"] if arm["panel"] == panel]
+            _doubling(above, sorted({arm["x"] for arm in shown}))
+            highest = max(max(arm["finals"]) for arm in shown)
+            above.set_ylim(highest - 8, highest + 0.5)  # the peaks; what diverges is far below
             above.set_xlabel("global batch B")
             above.legend(frameon=False, loc="lower center")
             below.errorbar(
