@@ -530,6 +530,7 @@ ALL = (
         seeds=(0, 1, 2),
         draw=partial(draw_peaks, peaks=peaks),
         judge=judge_optimum_batch,
+        curves=False,
     ),
 )
 STUDIES: dict[str, dict[str, Study]] = {}

@@ -100,6 +100,8 @@ class Study:
     seeds: tuple[int, ...]
     draw: Callable[[Found], Figure] = field(repr=False)
     judge: Callable[[Found], Verdict] = field(repr=False)
+    curves: bool = True
+    """Whether it draws loss and accuracy on the way."""
 
     @property
     def stem(self) -> str:
@@ -263,7 +265,6 @@ def collect(study: Study, runs: dict[Path, Run]) -> Found:
     for arm in study.arms:
         own = [run for path, run in runs.items() if path.name.rpartition("-")[0] == arm.name]
         group = Group(label=arm.label, runs=own)
-        loss = measured(group, "loss")
         recipe = load_recipe(arm.recipe, arm.overrides)
         arms.append(
             {
@@ -283,10 +284,13 @@ def collect(study: Study, runs: dict[Path, Run]) -> Found:
                 "seeds": [run.seed for run in own],
                 "finals": [100 * run.final for run in own if run.final is not None],
                 "final_losses": [_last_loss(run) for run in own],
-                "loss": _curve(loss),
-                "accuracy": _curve(evaluated(group)),
             }
         )
+        if study.curves:
+            arms[-1] |= {
+                "loss": _curve(measured(group, "loss")),
+                "accuracy": _curve(evaluated(group)),
+            }
     abouts = [run.about for run in runs.values()]
     return {
         "study": study.name,
