@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 from pathlib import Path
+from types import FrameType
 
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
@@ -61,8 +62,9 @@ def main(args: argparse.Namespace) -> int:
             raise UserError("--updates K: a dry run needs K of at least 1, and --data FOLDER.")
         study = shortened(study, args.updates, len(open_train_split(args.data)))
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
-    # Every training is sent the signal too, saves, and ends.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Every training is told, saves, and ends. A shell's background job is born deaf to SIGINT.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         print(
             run_study(
@@ -77,3 +79,7 @@ def main(args: argparse.Namespace) -> int:
         print("Stopped. The same command goes on from here.")
         return EXIT_STOPPED
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -86,9 +86,11 @@ def test_a_study_trains_what_is_missing_and_makes_one_report(tmp_path, capfd):
 
 def test_a_signal_stops_the_study_and_the_trainings_are_saved(tmp_path):
     words = [sys.executable, "-m", "hvd_lbt", "study", "fewer_updates", "--out", str(tmp_path)]
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     process = subprocess.Popen(
         [*words, "--jobs", "1"], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+    signal.signal(signal.SIGINT, ignored)
     run = tmp_path / "fewer_updates/decay_lr-0"
     deadline = time.monotonic() + 100
     while not (
