@@ -153,11 +153,11 @@ def judge_momentum_settling(found: Found) -> Verdict:
                 f"raised {what} it costs {told(cost)} points"
                 f"{'' if lost else ' (not more than its error allows)'}, {treatment} {gain}"
             )
-        where = f"{panel}: " if panel else ""
+        where = f"With {panel}: " if panel else ""
         parts.append(f"{where}{mean(reference):.2f} % with momentum 0.9; {'; '.join(said)}")
     return Verdict(
         held=held,
-        sentence=f"{'. '.join(part[0].upper() + part[1:] for part in parts)}. (Held: the raised momentum costs "
+        sentence=f"{'. '.join(parts)}. (Held: the raised momentum costs "
         "more than two standard errors, and the treatment wins back half of it or more, in all cases.)",
     )
 
