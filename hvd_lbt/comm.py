@@ -117,12 +117,13 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
 
 def broadcast_object(value: Any, root: int = 0) -> Any:
     """Give every rank `root`'s picklable value."""
-    return hvd.broadcast_object(value, root_rank=root)
+    # Horovod names the messages after the value's type, which is not the same on all ranks.
+    return hvd.broadcast_object(value, root_rank=root, name="object")
 
 
 def allgather_object(value: Any) -> list[Any]:
     """The picklable values of all ranks, by rank."""
-    return hvd.allgather_object(value)
+    return hvd.allgather_object(value, name="objects")
 
 
 def barrier() -> None:
