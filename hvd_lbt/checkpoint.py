@@ -36,6 +36,9 @@ class Checkpoints:
     best_top1: of the run so far.
     """
 
+    # One for the process: elastic workers begin anew while a save of theirs is under way.
+    _writer = ThreadPoolExecutor(1, "checkpoint")
+
     def __init__(
         self,
         folder: Path,
@@ -47,7 +50,6 @@ class Checkpoints:
         self.folder, self.keep, self.best_top1 = folder, settings.keep_checkpoints, best_top1
         self._every = 60 * settings.checkpoint_minutes
         self._writes, self._allgather = world.rank == 0, allgather
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._saved_at = time.monotonic()
 

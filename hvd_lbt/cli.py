@@ -15,6 +15,7 @@ from hvd_lbt.errors import SampleError, UserError
 # so that `plan` works on a login node where Horovod does not.
 COMMANDS = {
     "train": ("hvd_lbt.train", "train a recipe, alone or under horovodrun, mpirun or srun"),
+    "elastic": ("hvd_lbt.elastic_driver", "train on workers that may come and go"),
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
     "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),

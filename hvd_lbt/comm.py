@@ -7,6 +7,7 @@ negotiation.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -34,6 +35,9 @@ except ImportError as error:
     ) from error
 
 
+# What a collective raises when a rank has died: the world is over, and this process may leave it.
+WorkerLostError = HorovodInternalError
+
 # A collective that one rank does not join ends the run after so many seconds; Horovod names tensor
 # and ranks, first as a warning. It must be set before Horovod starts; 0 waits for ever.
 STALL_SECONDS = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
@@ -44,14 +48,29 @@ _names: dict[int, str] = {}  # of the handles that are out
 _waiting: tuple[str, float] | None = None  # for which sum, since when
 
 
-def init() -> World:
-    """Join the world: start Horovod and, with a GPU per local rank, take this rank's GPU."""
+_watched = False
+_opened: list[int] = []  # the file descriptors of this world's connections, among others
+
+
+def init(device: int | None = None) -> World:
+    """Join the world: start Horovod and, with a GPU per local rank, take this rank's GPU.
+
+    device: the number of the GPU if it is not the local rank; a worker that has outlived a smaller
+    local rank keeps its own.
+    """
+    global _watched
     os.environ.setdefault(STALL_SECONDS, "600")
+    before = set(os.listdir("/proc/self/fd"))
     hvd.init()
-    if hvd.size() > 1 and (stall := float(os.environ[STALL_SECONDS])):
+    _opened[:] = [int(name) for name in os.listdir("/proc/self/fd") if name not in before]
+    if hvd.size() > 1 and not _watched and (stall := float(os.environ[STALL_SECONDS])):
         threading.Thread(target=_watch, args=(stall,), daemon=True, name="watchdog").start()
+        _watched = True
     world = World(
-        rank=hvd.rank(), size=hvd.size(), local_rank=hvd.local_rank(), local_size=hvd.local_size()
+        rank=hvd.rank(),
+        size=hvd.size(),
+        local_rank=hvd.local_rank() if device is None else device,
+        local_size=hvd.local_size(),
     )
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
@@ -157,6 +176,26 @@ def _watch(stall: float) -> None:
                 flush=True,
             )
             os._exit(EXIT_STALLED)
+
+
+def leave() -> None:
+    """Leave a world of which others are lost, or which is to change; init() joins the next one."""
+    hvd.shutdown()
+
+
+def cut() -> None:
+    """End the connections of this world, from another thread than the one that waits in a collective.
+
+    When a rank dies, Gloo tells only the ranks that talk to it just then; the others would wait for
+    them until its timeout. Cut off, a collective raises WorkerLostError at once.
+    """
+    for number in _opened:
+        try:
+            with socket.socket(fileno=os.dup(number)) as connection:
+                connection.getpeername()  # not one that listens
+                connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue  # a file, or closed already
 
 
 def abort(code: int) -> None:

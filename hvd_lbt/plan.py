@@ -209,8 +209,17 @@ def micro_batch_ranges(
             yield first, len(micro_batch), ghost_batch_of(update, recipe)
 
 
+def workers_of(stage: Stage, recipe: Recipe) -> int | None:
+    """How many workers the stage is worth, at one local batch each; None if the recipe does not say."""
+    local_batch = recipe.elastic.local_batch
+    return None if local_batch is None else -(-stage.global_batch // local_batch)
+
+
 def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
-    """The stages as a table for the terminal, with what `workers` workers do in one update."""
+    """The stages as a table for the terminal, with what `workers` workers do in one update.
+
+    A recipe that says what a worker is for (elastic.local_batch) counts its own workers.
+    """
     table = Table(
         title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, "
         f"{recipe.schedule.policy}"
@@ -227,9 +236,13 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
         "updates",
     ):
         table.add_column(heading, justify="right")
+    if recipe.elastic.local_batch:
+        table.add_column("workers", justify="right")
     notes = []
     for stage in plan.stages:
         ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
+        wished = workers_of(stage, recipe)
+        workers = wished or workers
         shares, idle = _shares(recipe, stage.global_batch, ghost_batch, workers)
         ends = (stage.first_sample, stage.first_sample + stage.samples)
         table.add_row(
@@ -242,6 +255,7 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
             span_of(stage.noise_scale, stage.last_noise_scale),
             f"{stage.exact_noise_scale:,.4g}",
             f"{stage.updates:,}",
+            *([f"{wished:,}"] if wished else []),
         )
         if idle:
             notes.append(

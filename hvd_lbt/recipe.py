@@ -48,6 +48,7 @@ FREE_AT_RESUME: dict[str, Any] = {
         *("eval_every", "keep_checkpoints", "checkpoint_minutes"),
         *("channels_last", "noise_every", "max_bad_updates"),
     },
+    "elastic": True,
 }
 
 
@@ -411,6 +412,15 @@ class RunRecipe(_Section):
     """Give up after so many updates in a row whose gradients are not finite."""
 
 
+class ElasticRecipe(_Section):
+    """Workers that come and go (`hvd_lbt elastic`)."""
+
+    local_batch: Count | None = None
+    """Samples of an update that are worth a worker; a stage wishes for global batch / this, rounded up."""
+    commit_every: Count = 1
+    """Updates between two copies of the state in memory: so many are done again after a loss."""
+
+
 class Recipe(_Section):
     """All settings of a run; a module is handed its own section only."""
 
@@ -422,6 +432,7 @@ class Recipe(_Section):
     layout: LayoutRecipe
     wire: WireRecipe = WireRecipe()
     run: RunRecipe = RunRecipe()
+    elastic: ElasticRecipe = ElasticRecipe()
 
     @model_validator(mode="after")
     def _whole_ghost_batches_in_all_stages(self) -> "Recipe":

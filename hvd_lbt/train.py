@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from hvd_lbt import comm
+from hvd_lbt import comm, elastic
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.samples import Batch, batch_maker
 from hvd_lbt.data.store import open_data
@@ -42,23 +43,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run one training; the exit code is 0 when it is finished, 75 when a signal stopped it."""
     recipe = load_recipe(args.recipe, args.set)
-    world = comm.init()
     out = args.out or Path("runs", recipe.name)
+    if elastic.is_launched():
+        return elastic.run(
+            recipe, out, partial(train, recipe, data=args.data, out=out), args.resume
+        )
+    world = comm.init()
     code = train(recipe, data=args.data, out=out, resume=args.resume, world=world)
     ignore_signals()
     comm.shutdown()
     return code
 
 
-def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: World) -> int:
-    """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`."""
+def train(
+    recipe: Recipe,
+    *,
+    data: Path | None,
+    out: Path,
+    resume: bool,
+    world: World,
+    membership: elastic.Membership | None = None,
+) -> int:
+    """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`.
+
+    membership: of workers that may come and go; its state, if there is one, is gone on from.
+    """
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     device = local_device(world)
     train_store, test_store = open_data(data, recipe)
     plan = make_plan(recipe.schedule, len(train_store))
-    state = comm.broadcast_object(
-        open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None
-    )
+    state = membership.state if membership else None
+    if state is None:
+        state = comm.broadcast_object(
+            open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None
+        )
     first_update = state["update"] if state else 0
     if first_update == plan.updates:
         if world.rank == 0:
@@ -103,16 +121,18 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     log = RunLog(out, world, plan, first_update)
     log.begin(recipe, len(test_store), first_update)
 
-    def save(updates_done: int, *, best: bool = False) -> None:
-        log.flush()
+    def state_after(updates_done: int) -> dict[str, Any]:
         about = {
             "update": updates_done,
             "recipe": recipe.to_dict(),
             "train_samples": plan.train_samples,
             "classes": list(train_store.classes),
         }
-        parts = {name: part.state_dict() for name, part in trained.items()}
-        checkpoints.save(updates_done, about | parts, best=best)
+        return about | {name: part.state_dict() for name, part in trained.items()}
+
+    def save(updates_done: int, *, best: bool = False) -> None:
+        log.flush()
+        checkpoints.save(updates_done, state_after(updates_done), best=best)
 
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
     batches = batch_maker(recipe.data).train_batches(
@@ -132,6 +152,8 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
     )
     sums = torch.zeros(3, device=device)  # of losses, of right answers, of samples not left out
     model.train()
+    if membership:
+        membership.begin(plan.stages[updates[0].stage], at_end=log.close)
 
     for update in updates:
         set_hyperparameters(optimizer, update, recipe.schedule)
@@ -198,6 +220,10 @@ def train(recipe: Recipe, *, data: Path | None, out: Path, resume: bool, world: 
             log.say(f"Stopped after {done} of {plan.updates} updates and saved: use --resume.")
             log.end("stopped", done)
             return EXIT_STOPPED
+        if membership and done < plan.updates:
+            log.flush()
+            state = state_after(done) | {"best_top1": checkpoints.best_top1}
+            membership.commit(state, following=plan.stages[plan.at(done).stage])
 
     checkpoints.wait()
     log.end("finished", plan.updates)

@@ -1,0 +1,106 @@
+"""`python elastic_ranks.py …` is `hvd_lbt …` without kinks (smooth.py) that writes down its samples.
+
+Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's last gradients, which
+samples of the stream went into them as DALI was given them; and which updates it saw committed.
+$HVD_LBT_TEST_PAUSE seconds are slept in each update; with "wished" an update waits until the world has
+the size that the run wishes for, or is about to change, however slow the machine.
+"""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from torch import nn
+
+from hvd_lbt.cli import main
+
+nn.ReLU = lambda inplace=False: nn.Softplus()
+
+
+def write_down(folder: Path, pause: str) -> None:
+    """Wrap what the training loop calls."""
+    from hvd_lbt import elastic, train
+    from hvd_lbt.data import pipeline, samples
+
+    lines = (folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
+    given: deque = deque()  # to DALI, in the order in which batches come out
+    now = {"pid": os.getpid(), "time": 0.0, "update": -1, "generation": 0, "rank": -1, "size": 0}
+    drawn: list = []
+    members: list = []
+
+    def note(**facts) -> None:
+        now["time"] = time.time()
+        lines.write(json.dumps(now | facts) + "\n")
+
+    indices = samples.TrainSamples.indices
+    set_hyperparameters, train_batches = train.set_hyperparameters, pipeline.train_batches
+    backward = train.GradientReducer.backward
+    join, commit, barrier = (
+        elastic.Membership.join,
+        elastic.Membership.commit,
+        elastic.comm.barrier,
+    )
+
+    def noted_indices(self, first, count):
+        found = indices(self, first, count)
+        given.append([first, found.tolist()])
+        return found
+
+    def noted_batches(*args, **kwargs):
+        given.clear()
+        for batch in train_batches(*args, **kwargs):
+            drawn.append(given.popleft())
+            assert len(drawn[-1][1]) == len(batch.labels)
+            yield batch
+
+    def noted_update(optimizer, update, schedule):
+        set_hyperparameters(optimizer, update, schedule)
+        now["update"] = update.index
+        drawn.clear()
+        if pause != "wished":
+            time.sleep(float(pause))
+            return
+        member = members[-1]
+        while member._wished not in (0, now["size"]) and not member._wanted["regroup"]:
+            time.sleep(0.05)
+
+    def noted_backward(self, loss, *, last=True):
+        if last:
+            note(samples=drawn)
+        backward(self, loss, last=last)
+
+    def noted_join(self):
+        world = join(self)
+        members[:] = [self]
+        if world:
+            now.update(generation=self.generation, rank=world.rank, size=world.size)
+            note(joined=True)
+        return world
+
+    def noted_commit(self, state, following):
+        try:
+            commit(self, state, following)
+        except elastic.WorldChanges:
+            note(committed=True)
+            raise
+        note(committed=True)
+
+    def noted_barrier():
+        barrier()
+        note(committed=True)
+
+    samples.TrainSamples.indices = noted_indices
+    train.set_hyperparameters, pipeline.train_batches = noted_update, noted_batches
+    train.GradientReducer.backward = noted_backward
+    elastic.Membership.join, elastic.Membership.commit = noted_join, noted_commit
+    elastic.comm.barrier = noted_barrier
+
+
+if sys.argv[1] == "train":
+    write_down(
+        Path(os.environ["HVD_LBT_TEST_LOG"]), os.environ["HVD_LBT_TEST_PAUSE"]
+    )
+sys.exit(main())
