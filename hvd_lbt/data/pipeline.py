@@ -35,6 +35,7 @@ except ImportError as error:
         "`launch/setup` installs the build that fits; `hvd_lbt doctor` says what is missing."
     ) from error
 
+decoder_failed = False  # DALI may hang when a process ends in which an image was not decodable
 READ_AT_ONCE = 8  # samples that one task of a reader reads: handing tasks over has its price
 
 
@@ -184,6 +185,8 @@ class _Maker:
                 except StopIteration:
                     return
                 except RuntimeError as error:
+                    global decoder_failed
+                    decoder_failed = True
                     del pipeline  # its threads must not decode while its samples are tried singly
                     if not self._find_undecodable(decoding):
                         raise error

@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named_and_ends_all_ranks(start, digits, tmp_path
     words = train(*SMALL, data=tmp_path / "data", out=tmp_path / "run")
     ended = start(2, *words, timeout=90).wait()
     assert ended.code == 2
-    assert f"hvd_lbt: {image} is no whole image: Truncated File Read" in ended.output
+    assert f"hvd_lbt: {image} is no whole image: image file is truncated" in ended.output
 
 
 def test_bad_samples_are_left_out_alike_on_any_number_of_ranks(ranks, digits, tmp_path):

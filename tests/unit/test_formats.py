@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_sets import encoded, recordio, write_folder, write_shards
 
-from hvd_lbt.data.formats import RECORDIO_MAGIC
+from hvd_lbt.data.formats import RECORDIO_MAGIC, _members
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import ReadError, UserError
 
@@ -183,3 +183,25 @@ def test_shards_without_what_is_needed_are_told(tmp_path):
     refused(
         tmp_path, "has the features .*'image/decoded'.*; an image needs image/encoded or image,"
     )
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_any_tar_are_those_that_tarfile_finds(form, tmp_path):
+    file = tmp_path / "a.tar"
+    rng = np.random.default_rng(form)
+    long = "" if form == tarfile.USTAR_FORMAT else "x" * 160
+    names = ["a/1.jpg", f"{'d' * 90}/{'e' * 60}/2.jpg", f"ü/{long}3.jpg", "4.jpg", "a/5.jpg"]
+    with tarfile.open(file, "w", format=form) as archive:
+        archive.add(tmp_path, "a", recursive=False)
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = int(rng.integers(0, 2000))
+            archive.addfile(member, io.BytesIO(rng.bytes(member.size)))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "4.jpg"
+        archive.addfile(link)
+    with tarfile.open(file) as archive:
+        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
+    with file.open("rb") as stream:
+        assert list(_members(stream, file)) == expected
+    assert [name for name, _, _ in expected] == names

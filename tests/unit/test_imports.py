@@ -13,7 +13,7 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "noise", "layout", "data.order", "ops", "stop"},
+    {"errors", "world", "noise", "layout", "data.order", "data.cuts", "ops", "stop"},
     {"recipe", "schedule", "plan", "optim", "models"},
     {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm", "measure"},
     {"elastic_driver"},
@@ -32,6 +32,7 @@ PURE = {  # the standard library, and what is named
     "layout": set(),
     "schedule": set(),
     "data.order": {"numpy"},
+    "data.cuts": {"numpy"},
     "plan": {"rich"},  # for the table it prints
     "recipe": {"pydantic", "yaml"},
 }

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -183,7 +185,7 @@ BAD = {
     "empty.jpg": (b"", "is no whole image: the file is empty"),
     "text.jpg": (b"no image\n" * 50, "is no whole image: it cannot be identified"),
     "cut.jpg": (encoded("JPEG", 3)[:-300], "is no whole image: the JPEG is cut off"),
-    "cut.png": (encoded("PNG", 3)[:-100], "is no whole image: Truncated File Read"),
+    "cut.png": (encoded("PNG", 3)[:-100], "is no whole image: image file is truncated"),
 }
 
 
@@ -321,21 +323,42 @@ def undecodable() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_what_only_decoding_finds_is_named_or_left_out(tmp_path):
+def test_an_image_whose_pixels_are_nonsense_is_named(tmp_path):
     data = write_folder(tmp_path, classes=2)
     (data / "train/class 1/img-5.png").write_bytes(undecodable())
-    store = open_train_split(data)
-    with pytest.raises(SampleError, match=r"img-5.png cannot be decoded as an image \("):
-        stream(store, recipe())
-    its, found = recipe("data.on_bad_sample=skip"), []
-    images, labels = stream(store, its, left_out=found.append)
-    assert (labels == LEFT_OUT).sum() == 2
-    assert {str(error).split(" cannot")[0] for error in found} == {
-        str(data / "train/class 1/img-5.png")
-    }
-    again = stream(store, its, 3, left_out=found.append)
-    assert torch.equal(again[0], images)
-    assert torch.equal(again[1], labels)
+    with pytest.raises(SampleError, match=r"img-5.png is no whole image: "):
+        stream(open_train_split(data), recipe())
+
+
+# What passes the check of the bytes and fails in DALI, which may spoil the end of the process.
+DALI_REFUSES = """
+import sys
+from pathlib import Path
+from hvd_lbt.cli import main
+from hvd_lbt.data import store
+check = store.examine
+store.examine = lambda data: ("", 48, 48) if b"nonsense" in data else check(data)
+main(["data", "check", sys.argv[1]])
+raise SystemExit("not reached")
+"""
+
+
+def test_what_dali_refuses_is_found_and_the_process_ends(tmp_path):
+    data = write_folder(tmp_path, classes=2)
+    bad = data / "train/class 1/img-5.png"
+    bad.write_bytes(undecodable())
+    done = subprocess.run(
+        [sys.executable, "-c", DALI_REFUSES, str(data)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert lines[0].startswith(f"{bad} cannot be decoded as an image (")
+    assert lines[1] == "31 images, 1 bad"
 
 
 # ---------------------------------------------------------------------------- storage that fails

@@ -48,6 +48,7 @@ def write_run(folder, *, seed=0, policy="digits", updates=None, nan_at=None):
                 "accuracy": 0.9,
                 "images_per_second": 500.0,
                 "data_wait": 0.05,
+                "left_out": int(index == 3),
                 "wire_scale": 1024.0,
                 "overflows": 0,
                 "skipped": int(nan_at is not None and index >= nan_at),
@@ -77,6 +78,8 @@ def test_runs_are_laid_over_each_other_in_one_file(tmp_path, capsys):
     assert html.count("data:image/png;base64,") >= 4
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
+    assert html.count("5.00 %") == len(runs)  # of the time each waited for data
+    assert html.count("1 samples were left out; they are listed in left_out.*.txt.") >= len(runs)
     assert len(list(out.glob("*.png"))) >= 4
 
 
