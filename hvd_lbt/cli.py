@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a fault of the program or of the machine, on this rank alone
         if (comm := _world_is_up()) is None:
             raise
-        _tell_failure(error, lost=comm.is_lost(error))
+        _tell_failure(error, lost=isinstance(error, comm.WorkerLostError))
         comm.abort(EXIT_FAILED)
         raise
     if getattr(sys.modules.get("hvd_lbt.data.pipeline"), "decoder_failed", False):

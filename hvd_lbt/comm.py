@@ -46,8 +46,6 @@ WATCHDOG_MARGIN = 30.0
 EXIT_STALLED = 74  # EX_IOERR of sysexits.h: another rank does not answer
 _names: dict[int, str] = {}  # of the handles that are out
 _waiting: tuple[str, float] | None = None  # for which sum, since when
-
-
 _watched = False
 _opened: list[int] = []  # the file descriptors of this world's connections, among others
 
@@ -155,11 +153,6 @@ def shutdown() -> None:
     if is_initialized():
         hvd.barrier()
         hvd.shutdown()
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether this error only says that another rank has failed or is gone."""
-    return isinstance(error, HorovodInternalError)
 
 
 def _watch(stall: float) -> None:
