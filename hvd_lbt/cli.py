@@ -25,6 +25,7 @@ COMMANDS = {
     "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
     "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),
     "bench allreduce": ("hvd_lbt.bench.allreduce", "bus bandwidth against message size"),
+    "bench checkpoint": ("hvd_lbt.bench.checkpoint", "what a checkpoint costs an update"),
     "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
     "bench train": ("hvd_lbt.bench.train", "the whole loop against a bare PyTorch loop"),
     "doctor": ("hvd_lbt.doctor", "check the installation and name what mends it"),

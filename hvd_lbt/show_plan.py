@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
     parser.add_argument("--workers", type=int, default=1, help="show their micro-batches [1]")
     parser.add_argument("--data", type=Path, help="count the training images of this folder")
+    parser.add_argument(
+        "--images-per-second", type=float, help="of all workers together: shows the planned hours"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
 
 
@@ -25,6 +28,9 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.set)
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1 worker is needed.")
+    speed = args.images_per_second
+    if speed is not None and not speed > 0:
+        raise UserError(f"--images-per-second {speed:g}: it must be above 0.")
     samples = len(open_train_split(args.data)) if args.data else recipe.data.train_samples
     if samples is None:
         raise UserError(
@@ -32,5 +38,9 @@ def main(args: argparse.Namespace) -> int:
             "are. Give --data DIR to count them, or --set data.train_samples=N."
         )
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(render_plan(recipe, make_plan(recipe.schedule, samples), args.workers))
+    plan = make_plan(recipe.schedule, samples)
+    console.print(render_plan(recipe, plan, args.workers))
+    if speed:
+        hours = plan.samples / speed / 3600
+        console.print(f"{hours:,.2f} hours at {speed:,g} images/s, without the evaluations.")
     return 0

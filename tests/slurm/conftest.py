@@ -70,7 +70,7 @@ class Slurm:
 
     environment: dict[str, str]
 
-    def run(self, *words: str | Path, timeout: float = 240, **variables: str) -> str:
+    def run(self, *words: str | Path, timeout: float = 600, **variables: str) -> str:
         """Run a command of Slurm, or a script; it must end with 0. Gives what it wrote."""
         ended = subprocess.run(
             [str(word) for word in words],
@@ -89,7 +89,7 @@ class Slurm:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, number: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, number: str, timeout: float = 600) -> dict[str, str]:
         """The job's last word, when it has come to its end."""
         return until(
             lambda: job if (job := self.job(number))["JobState"] in ENDS else None, timeout
@@ -99,7 +99,7 @@ class Slurm:
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-def until(found: Callable, timeout: float = 120):
+def until(found: Callable, timeout: float = 600):
     """The first true value of `found()`."""
     deadline = time.monotonic() + timeout
     while not (value := found()):

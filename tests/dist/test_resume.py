@@ -1,0 +1,105 @@
+"""A run goes on after any update: bit for bit on as many ranks, within rounding on others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvd_lbt import checkpoint
+
+# 23 updates of 32 to epoch 0.5, then 6 of up to 128; epoch 1 begins in the middle of stage 2.
+SETTINGS = (
+    *("model.width=4", "schedule.epochs=1.2", "schedule.lr=0.02", "schedule.momentum=0.9"),
+    "schedule.milestones=[{epoch: 0.5, factor: 4, momentum: 0.95}]",
+    *("schedule.momentum_change=rescale", "run.keep_checkpoints=99"),
+    "run.checkpoint_minutes=0.00001",  # after every update
+)
+ROUNDING = 1e-4  # as in test_train.py
+MADE = ("loss", "accuracy", "lr", "momentum", "global_batch", "wire_scale", "samples_seen")
+
+
+def train(out: Path, *settings: str, smooth: bool = False) -> list[str]:
+    program = [str(Path(__file__).with_name("smooth.py"))] if smooth else ["-m", "hvd_lbt"]
+    words = [*program, "train", "digits", "--out", str(out), "--resume"]
+    return words + [word for one in (*SETTINGS, *settings) for word in ("--set", one)]
+
+
+def cut(run: Path, update: int, out: Path) -> Path:
+    """A copy of a run as it was when its checkpoint after `update` updates had been written."""
+    (out / "checkpoints").mkdir(parents=True)
+    for file in (run / "checkpoints").glob("update-*"):
+        if int(file.name[7:15]) <= update:
+            shutil.copy(file, out / "checkpoints")
+    return out
+
+
+def updates(out: Path) -> dict[int, list]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {
+        line["update"]: [line[key] for key in MADE] for line in lines if line["event"] == "update"
+    }
+
+
+def tensors(state: object, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    parts = state.items() if isinstance(state, dict) else ()
+    parts = enumerate(state) if isinstance(state, list) else parts
+    return {key: t for part, value in parts for key, t in tensors(value, f"{name}.{part}").items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    from conftest import run_ranks
+
+    out = tmp_path_factory.mktemp("unbroken")
+    run_ranks(2, *train(out))
+    return out
+
+
+def test_a_checkpoint_after_every_update_and_none_missing(run):
+    assert [int(file.name[7:15]) for file in checkpoint.checkpoint_files(run / "checkpoints")] == [
+        *range(1, len(updates(run)) + 1)
+    ]
+
+
+@pytest.mark.parametrize("where", ["in an epoch", "before the border", "at the border", "last"])
+def test_the_same_number_of_ranks_goes_on_to_the_bit(ranks, run, tmp_path, where):
+    whole = updates(run)
+    border = next(at for at, made in whole.items() if made[4] != whole[0][4])
+    after = {
+        "in an epoch": 7,
+        "before the border": border - 1,
+        "at the border": border,
+        "last": len(whole) - 1,
+    }[where]
+    out = cut(run, after, tmp_path / "run")
+    ranks(2, *train(out))
+    assert updates(out) == {at: made for at, made in whole.items() if at >= after}
+    expected = checkpoint.load_newest(run / "checkpoints")
+    state = checkpoint.load_newest(out / "checkpoints")
+    mine, theirs = tensors(state), tensors(expected)
+    assert any("momentum_buffer" in name for name in theirs)
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert state["reducer"] == expected["reducer"]
+
+
+def test_two_then_one_then_three_ranks_train_the_same_network(ranks, tmp_path):
+    exact = ("wire.form=fp32",)
+    whole, one, three = (tmp_path / name for name in ("whole", "one", "three"))
+    ranks(2, *train(whole, *exact, smooth=True))
+    ranks(1, *train(cut(whole, 5, one), *exact, smooth=True))
+    ranks(3, *train(cut(one, 19, three), *exact, smooth=True))
+    expected = checkpoint.load_newest(whole / "checkpoints")["model"]
+    found = checkpoint.load_newest(three / "checkpoints")["model"]
+    for name, weight in expected.items():
+        largest = weight.double().abs().max().clamp(min=1e-30)
+        assert ((found[name].double() - weight.double()).abs().max() / largest) < ROUNDING, name
+    made, losses = {**updates(whole), **updates(one), **updates(three)}, updates(whole)
+    for at, values in losses.items():
+        assert made[at][0] == pytest.approx(values[0], rel=ROUNDING)
+        assert made[at][2:5] == values[2:5]
