@@ -49,7 +49,7 @@ def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
 
 
-def begin(ranks: int, *words: str | Path, timeout: float = 120) -> Launch:
+def begin(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
     """Begin `python *words` on that many ranks."""
     environment = os.environ | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -69,7 +69,7 @@ def begin(ranks: int, *words: str | Path, timeout: float = 120) -> Launch:
     return Launch(process, timeout)
 
 
-def run_ranks(ranks: int, *words: str | Path, timeout: float = 120) -> str:
+def run_ranks(ranks: int, *words: str | Path, timeout: float = 300) -> str:
     """Run `python *words` on that many ranks; they must end with 0. Gives what they wrote."""
     ended = begin(ranks, *words, timeout=timeout).wait()
     assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
@@ -81,7 +81,7 @@ def start() -> Iterator[Callable[..., Launch]]:
     """`begin`, and what still runs when the test ends is killed."""
     begun: list[Launch] = []
 
-    def start(ranks: int, *words: str | Path, timeout: float = 120) -> Launch:
+    def start(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
         begun.append(begin(ranks, *words, timeout=timeout))
         return begun[-1]
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 WHERE = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# cred_expire is also the time a requeued job waits (default 120 s); config_overrides: more CPUs
+# cred_expire is also the time a requeued job waits (default 120 s; a launch must not take longer); config_overrides: more CPUs
 # than the machine has, so that two jobs and two ranks fit where the tests run.
 CONFIG = """\
 ClusterName=tests
@@ -31,7 +31,7 @@ SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -41,6 +41,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
+TmpFS={folder}/tmp
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 PreemptType=preempt/partition_prio
@@ -83,6 +84,13 @@ class Slurm:
         )
         assert ended.returncode == 0, ended.stdout[-4000:]
         return ended.stdout
+
+    def script(self, name: str) -> Path:
+        """A shipped script, as one takes it to a cluster without GPUs."""
+        lines = (ROOT / "launch/slurm" / name).read_text().splitlines(keepends=True)
+        copy = Path(self.environment["SLURM_CONF"]).with_name(name)
+        copy.write_text("".join(line for line in lines if "#SBATCH --gpus" not in line))
+        return copy
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says: JobState, Restarts, ExitCode …"""
@@ -131,11 +139,18 @@ def slurm() -> Iterator[Slurm]:
     # a socket's path must be short, and munge wants a folder that only root can write
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    for name in ("state", "spool"):
+    for name in (
+        "state",
+        "spool",
+        "tmp",
+    ):  # tmp: the plug-in's folders are named by job numbers only
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     config = folder / "slurm.conf"
+    (folder / "gres.conf").write_text(
+        "Name=gpu Count=8\n"
+    )  # only counted: the scripts ask for some
     host = socket.gethostname().split(".")[0]
     config.write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(2)))
     kept = {

@@ -13,7 +13,7 @@ SETTINGS = (
     *("model.width=4", "schedule.epochs=2", "schedule.milestones=[{epoch: 1.5, factor: 4}]"),
     *("run.eval_every=9", "run.checkpoint_minutes=0.01"),
 )
-RANKS = ("--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
+RANKS = ("--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=1")
 
 
 def train(*settings: str) -> list[str]:
@@ -23,7 +23,7 @@ def train(*settings: str) -> list[str]:
 def submit(slurm: Slurm, out: Path, *options: str) -> str:
     """Submit the shipped script; the number of its job."""
     words = ["sbatch", "--parsable", f"--output={out}.log", *RANKS, *options]
-    return slurm.run(*words, "launch/slurm/train.sbatch", *train(), OUT=str(out)).strip()
+    return slurm.run(*words, slurm.script("train.sbatch"), *train(), OUT=str(out)).strip()
 
 
 def events(out: Path, kind: str) -> list[dict]:
@@ -100,7 +100,7 @@ def test_a_job_of_higher_priority_preempts(slurm, unbroken, tmp_path):
 def test_an_error_is_not_requeued(slurm, tmp_path):
     out = tmp_path / "run"
     words = ["sbatch", "--parsable", f"--output={out}.log", *RANKS]
-    job = slurm.run(*words, "launch/slurm/train.sbatch", "digtis", OUT=str(out)).strip()
+    job = slurm.run(*words, slurm.script("train.sbatch"), "digtis", OUT=str(out)).strip()
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
     assert "Did you mean digits?" in Path(f"{out}.log").read_text()
@@ -110,7 +110,7 @@ def test_a_sweep_is_an_array_of_policies_and_seeds(slurm, tmp_path):
     words = ["sbatch", "--parsable", "--array=0-1", f"--output={tmp_path}/%a.log", *RANKS]
     # every policy and seed has a folder of its own below runs/ of the repository
     short = ("--set", "schedule.epochs=1", "--set", "schedule.milestones=[]")
-    words += ["--ntasks=1", "--ntasks-per-node=1", "launch/slurm/sweep.sbatch", *train()[1:]]
+    words += ["--ntasks=1", "--ntasks-per-node=1", slurm.script("sweep.sbatch"), *train()[1:]]
     job = slurm.run(
         *words, *short, RECIPE="digits", POLICIES="decay_lr grow_batch", SEEDS="3"
     ).strip()
