@@ -23,12 +23,14 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 WHERE = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 # cred_expire is also the time a requeued job waits (default 120 s; a launch must not take longer); config_overrides: more CPUs
-# than the machine has, so that two jobs and two ranks fit where the tests run.
+# than the machine has, so that two jobs and two ranks fit where the tests run. FirstJobId: Open MPI
+# names its shared memory by the job's number, and two Slurms on one machine would share it.
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
+FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=20
@@ -152,7 +154,9 @@ def slurm() -> Iterator[Slurm]:
         "Name=gpu Count=8\n"
     )  # only counted: the scripts ask for some
     host = socket.gethostname().split(".")[0]
-    config.write_text(CONFIG.format(host=host, folder=folder, ports=free_ports(2)))
+    config.write_text(
+        CONFIG.format(host=host, folder=folder, ports=free_ports(2), first_job=os.getpid() * 100)
+    )
     kept = {
         name: value
         for name, value in os.environ.items()
