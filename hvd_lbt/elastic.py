@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hvd_lbt import comm
+from hvd_lbt.checkpoint import on_cpu
 from hvd_lbt.elastic_driver import WISH
 from hvd_lbt.errors import UserError
 from hvd_lbt.plan import Stage, workers_of
@@ -128,6 +129,7 @@ class Membership:
             return
         if min(newest) < max(newest):
             root = newest.index(max(newest))
+            # on the CPU: a pickled CUDA tensor would go to the sender's GPU
             mine = on_cpu(self._committed) if root == self._rank else None
             self._committed = comm.broadcast_object(mine, root)
         # `train` may use the tensors of its state as its own
@@ -208,12 +210,3 @@ def copied(value: Any, into: Any) -> Any:
         before = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
         return [copied(part, old) for part, old in zip(value, before, strict=True)]
     return value
-
-
-def on_cpu(value: Any) -> Any:
-    """The same nest with its tensors on the CPU: a pickled CUDA tensor would go to the sender's GPU."""
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(part) for part in value]
-    return value.cpu() if isinstance(value, Tensor) else value
