@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
-from conftest import Launch, begin
+from launching import Launch, begin
 
 from hvd_lbt import checkpoint
 

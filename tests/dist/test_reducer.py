@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from launching import run_ranks
 import torch
 from reducer_ranks import SAMPLES, SHARES, UPDATES, network, samples, sgd
 from torch.nn import functional as F
@@ -13,8 +14,6 @@ EPS = 2.0**-24
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """All cases on 1, 2 and 3 ranks, started once: results[size][rank][case]."""
-    from conftest import run_ranks
-
     folder = tmp_path_factory.mktemp("reducer")
     script = Path(__file__).with_name("reducer_ranks.py")
     for size in SHARES:

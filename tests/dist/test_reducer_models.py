@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from launching import run_ranks
 
 NETWORKS = ("Transformer", "depthwise", "torchvision_resnet50", "timm_vit", "timm_efficientnet")
 
 
 @pytest.fixture(scope="module")
 def differences():
-    from conftest import run_ranks
-
     output = run_ranks(2, Path(__file__).with_name("model_ranks.py"))
     return json.loads(output[output.index("RESULTS ") :].splitlines()[0].removeprefix("RESULTS "))
 

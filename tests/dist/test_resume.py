@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from launching import run_ranks
 import torch
 
 from hvd_lbt import checkpoint
@@ -52,8 +53,6 @@ def tensors(state: object, name: str = "") -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    from conftest import run_ranks
-
     out = tmp_path_factory.mktemp("unbroken")
     run_ranks(2, *train(out))
     return out

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Slurm, until
+from one_node import ROOT, Slurm, until
 
 from hvd_lbt import checkpoint
 

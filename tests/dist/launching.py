@@ -1,0 +1,76 @@
+"""Starts this program, or a script, on real ranks under the launcher of Open MPI."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended; `output` has what all ranks wrote."""
+
+    code: int
+    output: str
+
+
+@dataclass
+class Launch:
+    """Ranks that run. `wait` ends them, and fails, when they take longer than `timeout` seconds."""
+
+    process: subprocess.Popen[str]
+    timeout: float
+
+    def wait(self) -> Ended:
+        try:
+            output, _ = self.process.communicate(timeout=self.timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            output, _ = self.process.communicate()
+            pytest.fail(f"the ranks hang after {self.timeout} s:\n{output[-4000:]}")
+        return Ended(self.process.returncode, output)
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
+    """mpirun, as horovodrun calls it; one rank needs no launcher."""
+    program = [sys.executable, *map(str, words)]
+    if ranks == 1:
+        return program
+    return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
+
+
+def begin(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
+    """Begin `python *words` on that many ranks."""
+    environment = os.environ | {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+        command(ranks, words),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    return Launch(process, timeout)
+
+
+def run_ranks(ranks: int, *words: str | Path, timeout: float = 300) -> str:
+    """Run `python *words` on that many ranks; they must end with 0. Gives what they wrote."""
+    ended = begin(ranks, *words, timeout=timeout).wait()
+    assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
+    return ended.output
