@@ -42,6 +42,7 @@ class _Slot:
     offset: int
     accumulation: Tensor = field(init=False)
     wire: Tensor = field(init=False)
+    begun: bool = False  # whether the accumulation holds this update's gradient, or an old one
 
 
 @dataclass(eq=False, kw_only=True)
@@ -173,7 +174,7 @@ class GradientReducer:
         """|g|² of the gradient that the last step applied, fp32 on the device; the same on all ranks.
 
         It is read from the wire: one more pass, for who measures now and then. None if that update
-        was skipped, or sent again in fp32 (the step has cleared that sum).
+        was skipped, or sent again in fp32 (its sum is not on the wire).
         """
         if self._applied is None:
             return None
@@ -212,25 +213,39 @@ class GradientReducer:
     # -- backward: accumulate, and send what is complete ------------------------------------------
 
     def _attach(self) -> None:
-        """Make every `.grad` a view of the accumulation again, whatever the caller did to it."""
+        """Make every `.grad` a view of the accumulation again, whatever the caller did to it.
+
+        Before the update's first gradient it is None: what autograd then leaves there is copied, which
+        reads and clears no old accumulation.
+        """
+        first = self._backwards == 0
         for slot in self._slots:
             grad = slot.parameter.grad
-            if grad is slot.accumulation or slot.parameter.dtype != torch.float32:
+            slot.begun = slot.begun and not first
+            if slot.parameter.dtype != torch.float32:
                 continue
-            if grad is not None:
+            if grad is slot.accumulation:
+                if not slot.begun:
+                    slot.parameter.grad = None
+            elif grad is not None:  # the caller's own: it counts
                 slot.accumulation.copy_(grad)
-            elif self._backwards:  # zero_grad() between micro-batches: begin again
-                slot.accumulation.zero_()
-            slot.parameter.grad = slot.accumulation
+                slot.parameter.grad, slot.begun = slot.accumulation, True
+            else:  # zero_grad() between micro-batches: begin again
+                slot.begun = False
 
     def _make_hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[Tensor], None]:
         low_precision = slot.parameter.dtype != torch.float32
 
         def gradient_is_there(parameter: Tensor) -> None:
-            if low_precision:  # torch wants .grad in the parameter's type
+            if low_precision or not slot.begun:
                 assert parameter.grad is not None
-                slot.accumulation.add_(parameter.grad)
-                parameter.grad = None
+                if slot.begun:
+                    slot.accumulation.add_(parameter.grad)
+                else:
+                    slot.accumulation.copy_(parameter.grad)
+                slot.begun = True
+                # torch wants .grad in the parameter's type
+                parameter.grad = None if low_precision else slot.accumulation
             if not (self._is_last and self.overlap):
                 return
             if bucket.missing == 0:
@@ -246,6 +261,9 @@ class GradientReducer:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
+        for slot in bucket.slots:
+            if not slot.begun:  # no backward of this update reached it
+                slot.accumulation.zero_()
         ops.pack_wire_(
             bucket.wire,
             [bucket.accumulation],
@@ -325,8 +343,6 @@ class GradientReducer:
         self._skipped += 1
         self._bad_in_a_row += 1
         self._bad_parameter = names[0]
-        for bucket in self._buckets:
-            bucket.accumulation.zero_()
         if self._bad_in_a_row >= self.max_bad_updates:
             raise BadUpdatesError(
                 f"{self._bad_in_a_row} updates in a row had infinite or NaN gradients and were "
@@ -340,11 +356,12 @@ class GradientReducer:
         scale = self._scale
         verdict = self._receive()
         again = verdict == "fp32"
+        for slot in self._slots:
+            slot.parameter.grad = None  # as zero_grad() leaves it
         return StepGradients(
             grads={s.parameter: s.accumulation if again else s.wire for s in self._slots},
             grad_scale=None if again else scale,
             found_inf=self._one if verdict == "bad" else None,
-            clear={s.parameter: s.accumulation for s in self._slots},
         )
 
     @torch.no_grad()
@@ -361,8 +378,6 @@ class GradientReducer:
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        for bucket in self._buckets:
-            bucket.accumulation.zero_()
         for slot in self._slots:
             slot.parameter.grad = None
 
