@@ -239,11 +239,12 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
     if recipe.elastic.local_batch:
         table.add_column("workers", justify="right")
     notes = []
+    unmeasured = []
     for stage in plan.stages:
         ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
         wished = workers_of(stage, recipe)
         workers = wished or workers
-        shares, idle = _shares(recipe, stage.global_batch, ghost_batch, workers)
+        shares, parts, idle = _shares(recipe, stage.global_batch, ghost_batch, workers)
         ends = (stage.first_sample, stage.first_sample + stage.samples)
         table.add_row(
             str(stage.index + 1),
@@ -257,12 +258,19 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
             f"{stage.updates:,}",
             *([f"{wished:,}"] if wished else []),
         )
+        if parts == 1 and recipe.run.noise_every:
+            unmeasured.append(str(stage.index + 1))
         if idle:
             notes.append(
                 f"Warning: in stage {stage.index + 1} {idle} of {workers} workers have no samples: "
                 f"{stage.global_batch:,} samples are only {workers - idle} ghost batches of "
                 f"{ghost_batch}."
             )
+    if unmeasured:
+        notes.append(
+            f"The gradient's noise is not measured in stage {', '.join(unmeasured)}: there an update is "
+            "one micro-batch."
+        )
     last = plan.at(plan.updates - 1).global_batch
     if last < plan.stages[-1].global_batch:
         notes.append(
@@ -282,15 +290,18 @@ def span_of(first: float, last: float) -> str:
     return "–".join(dict.fromkeys(f"{value:,.4g}" for value in (first, last)))
 
 
-def _shares(recipe: Recipe, global_batch: int, ghost_batch: int, workers: int) -> tuple[str, int]:
-    """Micro-batches of one update on each worker, such as `2 × 64`, and how many have none."""
+def _shares(
+    recipe: Recipe, global_batch: int, ghost_batch: int, workers: int
+) -> tuple[str, int, int]:
+    """Micro-batches of one update on each worker, such as `2 × 64`, of all, and workers without."""
     settings = {"micro_batch": recipe.layout.micro_batch, "ghost_batch": ghost_batch}
     layouts = [
         make_layout(global_batch, rank=rank, size=workers, **settings) for rank in range(workers)
     ]
-    counts = sorted({len(layout.micro_batches) for layout in layouts})
+    every = [len(layout.micro_batches) for layout in layouts]
+    counts = sorted(set(every))
     largest = max(len(part) for layout in layouts for part in layout.micro_batches)
     smallest = min(len(part) for layout in layouts for part in layout.micro_batches)
     number = "–".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
     sizes = "–".join(str(size) for size in sorted({smallest, largest}))
-    return f"{number} × {sizes}", sum(not layout.micro_batches for layout in layouts)
+    return f"{number} × {sizes}", sum(every), every.count(0)

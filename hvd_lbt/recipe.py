@@ -46,7 +46,7 @@ FREE_AT_RESUME: dict[str, Any] = {
     "wire": {"bucket_mb"},
     "run": {
         *("eval_every", "keep_checkpoints", "checkpoint_minutes"),
-        *("channels_last", "noise_every", "max_bad_updates"),
+        *("channels_last", "compile", "noise_every", "max_bad_updates"),
     },
     "elastic": True,
 }
@@ -406,6 +406,8 @@ class RunRecipe(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; weights and their update are fp32."""
     channels_last: bool = False
+    compile: bool = False
+    """Forward and backward by torch.compile: once a size of micro-batch, some minutes at first."""
     noise_every: Annotated[int, Field(ge=0)] = 10
     """Measure the gradient's noise in every so many updates; 0: never."""
     max_bad_updates: Count = 10

@@ -3,14 +3,12 @@
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from hvd_lbt import comm, elastic
 from hvd_lbt.checkpoint import Checkpoints, open_run
@@ -21,7 +19,7 @@ from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.metrics import RunLog
-from hvd_lbt.models import RunningStatistics, build_model
+from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
 from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
@@ -145,11 +143,10 @@ def train(
         local_size=world.local_size,
         left_out=log.left_out,
     )
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if recipe.run.precision == "bf16"
-        else nullcontext()
-    )
+    forward = make_forward(model, recipe.run)
+    if recipe.run.compile:
+        sizes = {tuple(size) for _, *size in micro_batch_ranges(updates, recipe, world)}
+        forward = compiled(forward, graphs=len(sizes))
     sums = torch.zeros(3, device=device)  # of losses, of right answers, of samples not left out
     model.train()
     if membership:
@@ -166,14 +163,10 @@ def train(
         for index in range(count):
             batch, waited = timed_next(batches)
             data_wait += waited
-            with autocast:
-                logits = model(batch.images.contiguous(memory_format=memory_format))
-            losses = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            losses, told = forward(batch.images, batch.labels)
             reducer.backward(losses / update.global_batch, last=index == count - 1)
             noise.add_part(len(batch.labels))
-            sums[0] += losses.detach()
-            sums[1] += (logits.argmax(1) == batch.labels).sum()
-            sums[2] += (batch.labels >= 0).sum()
+            sums += told
         if count == 0:  # fewer ghost batches than workers: this one only takes part in the sum
             reducer.backward(None, last=True)
         handles = [

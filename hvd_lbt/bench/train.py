@@ -3,15 +3,16 @@
 Synthetic images that lie in memory, the same network twice: once with the reducer, the wire, ghost
 batch norm's statistics and FusedSGD, as `hvd_lbt train` runs it; once with loss.backward() and
 torch.optim.SGD(fused=True). A third update measures the gradient's noise: `gradient_noise_costs` is what that
-adds to training, as a share, when done every `run.noise_every` updates. The batch grows on the way. Precision and channels_last are the recipe's.
+adds to training, as a share, when done every `run.noise_every` updates. The batch grows on the way. Precision, channels_last
+and compile are the recipe's; compiled, both are.
 """
 
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hvd_lbt import comm
@@ -19,7 +20,7 @@ from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.layout import make_layout
 from hvd_lbt.measure.gradient_noise import GradientNoise
-from hvd_lbt.models import RunningStatistics, build_model
+from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.reducer import GradientReducer
@@ -48,14 +49,10 @@ def main(args: argparse.Namespace) -> int:
         "wire": recipe.wire.form,
         "precision": recipe.run.precision,
         "channels_last": recipe.run.channels_last,
+        "compile": recipe.run.compile,
     }
     lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if recipe.run.precision == "bf16"
-        else nullcontext()
-    )
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -78,6 +75,16 @@ def main(args: argparse.Namespace) -> int:
 
     noise = GradientNoise(ours, 1)
 
+    def bare_forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            logits = theirs(images)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits.detach()
+
+    forwards = [make_forward(ours, recipe.run), bare_forward]
+    if recipe.run.compile:
+        forwards = [compiled(one, graphs=2 * len(args.batches)) for one in forwards]
+    our_forward, their_forward = forwards
+
     def step(global_batch: int, measure: bool = False) -> None:
         if measure:
             noise.begin(0, global_batch)
@@ -85,9 +92,7 @@ def main(args: argparse.Namespace) -> int:
             global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
         )
         for index, part in enumerate(layout.micro_batches):
-            with autocast:
-                logits = ours(images[: len(part)])
-            loss = F.cross_entropy(logits.float(), labels[: len(part)], reduction="sum")
+            loss, _ = our_forward(images[: len(part)], labels[: len(part)])
             reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
             noise.add_part(len(part))
         handles = [comm.allreduce_async_(statistics.collected, "statistics")]
@@ -102,9 +107,7 @@ def main(args: argparse.Namespace) -> int:
         mine = global_batch // world.size
         for first in range(0, mine, recipe.layout.micro_batch):
             count = min(recipe.layout.micro_batch, mine - first)
-            with autocast:
-                logits = theirs(images[:count])
-            loss = F.cross_entropy(logits.float(), labels[:count], reduction="sum")
+            loss, _ = their_forward(images[:count], labels[:count])
             (loss / mine).backward()
         peer.step()
         peer.zero_grad()

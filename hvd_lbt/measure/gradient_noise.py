@@ -30,8 +30,8 @@ class GradientNoise:
 
     whatever the b_k; so B·(S − |g|²)/(K − 1) and |g|² minus a B-th of that are unbiased. With
     equal parts they are the paper's. Both are averaged apart, over some 10 measurements: the ratio
-    of the averages is what is told. One part alone (K = 1) tells nothing and is not counted; neither
-    is an update that was skipped or sent again in fp32.
+    of the averages is what is told. One part alone (K = 1) tells nothing: the averages are forgotten
+    until there are more. An update that was skipped or sent again in fp32 is not counted.
 
     model: whose parameters' gradients count. Everything stays on the device, and is the same on all
     ranks.
@@ -88,9 +88,9 @@ class GradientNoise:
         among, parts = self._sums
         variance = self._global_batch * (among - squared) / (parts - 1)
         found = torch.stack([variance, squared - variance / self._global_batch, parts / parts])
-        usable = (parts > 1) & found.isfinite().all()
         moved = MEMORY * self._averages + (1 - MEMORY) * found
-        self._averages.copy_(torch.where(usable, moved, self._averages))
+        kept = torch.where(found.isfinite().all(), moved, self._averages)
+        self._averages.copy_(torch.where(parts > 1, kept, 0.0))
 
     @property
     def averages(self) -> Tensor:

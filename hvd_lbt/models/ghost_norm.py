@@ -41,17 +41,31 @@ class GhostBatchNorm2d(nn.Module):
             return F.batch_norm(
                 images, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        groups = [self._normalise(group) for group in images.split(self.ghost_batch)]
-        return groups[0] if len(groups) == 1 else torch.cat(groups)
+        size = self.ghost_batch
+        if torch.compiler.is_compiling():  # as few kernels for many groups as for one
+            whole = len(images) // size
+            parts = [(images[: whole * size], whole), (images[whole * size :], 1)]
+        else:
+            parts = [(group, 1) for group in images.split(size)]
+        done = [self._normalise(part, groups) for part, groups in parts if len(part)]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _normalise(self, group: Tensor) -> Tensor:
+    def _normalise(self, images: Tensor, groups: int) -> Tensor:
+        """Normalise equal groups; several lie side by side, as the channels of one batch norm."""
+        weight, bias = self.weight, self.bias
+        if groups > 1:
+            images = images.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+            weight, bias = weight.repeat(groups), bias.repeat(groups)
         # momentum 1 makes batch_norm hand its statistics out instead of averaging them.
-        mean_and_variance = torch.zeros_like(self.collected)
+        mean_and_variance = self.collected.new_zeros(2, len(weight))
         mean, variance = mean_and_variance.unbind()
         normalised = F.batch_norm(
-            group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
+            images, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
         )
-        self.collected.add_(mean_and_variance, alpha=len(group))
+        if groups > 1:
+            normalised = normalised.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+            mean_and_variance = mean_and_variance.unflatten(1, (groups, -1)).sum(1)
+        self.collected.add_(mean_and_variance, alpha=len(images))
         return normalised
 
     def extra_repr(self) -> str:
