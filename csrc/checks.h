@@ -17,7 +17,7 @@ namespace hvd_lbt {
 using at::Tensor;
 using at::TensorList;
 
-// How an error calls a tensor: "params[3]", or "wire" for one that is in no list.
+// How an error calls a tensor: "params[3]", or "scale" for one that is in no list.
 struct Name {
   const char* list;
   int64_t index = -1;
@@ -59,9 +59,10 @@ inline void check_wire_type(const Tensor& tensor, const Name& name) {
                    tensor.scalar_type(), "; it must be float32, float16 or bfloat16");
 }
 
-inline void check_contiguous(const Tensor& tensor, const Name& name) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), "hvd_lbt: ", name, " (sizes ", tensor.sizes(),
-                    ", strides ", tensor.strides(), ") is not contiguous");
+inline void check_dense(const Tensor& tensor, const Name& name) {
+  TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "hvd_lbt: ", name, " (sizes ",
+                    tensor.sizes(), ", strides ", tensor.strides(),
+                    ") has gaps or overlaps in its memory");
 }
 
 // A single float32 on the device: a scale or a flag.
@@ -72,14 +73,15 @@ inline void check_single(const Tensor& tensor, const Name& name, at::Device devi
                     "; it must hold one element");
 }
 
-// The tensor's elements lie where the parameter's do: same sizes, same strides (of sizes above 1).
-inline void check_like(const Tensor& tensor, const Name& name, const Tensor& param, int64_t index) {
-  TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), "hvd_lbt: ", name, " has sizes ",
-                    tensor.sizes(), ", params[", index, "] has ", param.sizes());
-  for (int64_t d = 0; d < param.dim() && param.numel() > 0; ++d) {
-    TORCH_CHECK_VALUE(param.size(d) == 1 || tensor.stride(d) == param.stride(d), "hvd_lbt: ", name,
-                      " has strides ", tensor.strides(), ", params[", index, "] has ",
-                      param.strides(), "; their memory must be laid out alike");
+// The tensor's elements lie where the other's do: same sizes, same strides (of sizes above 1).
+inline void check_like(const Tensor& tensor, const Name& name, const Tensor& other,
+                       const Name& other_name) {
+  TORCH_CHECK_VALUE(tensor.sizes() == other.sizes(), "hvd_lbt: ", name, " has sizes ",
+                    tensor.sizes(), ", ", other_name, " has ", other.sizes());
+  for (int64_t d = 0; d < other.dim() && other.numel() > 0; ++d) {
+    TORCH_CHECK_VALUE(other.size(d) == 1 || tensor.stride(d) == other.stride(d), "hvd_lbt: ", name,
+                      " has strides ", tensor.strides(), ", ", other_name, " has ", other.strides(),
+                      "; their memory must be laid out alike");
   }
 }
 
@@ -145,14 +147,12 @@ inline void check_fused_sgd(TensorList params, TensorList grads, TensorList mome
     const Tensor& param = params[i];
     const auto add = [&](const Tensor& tensor, const Name& name, bool written) {
       check_strided(tensor, name, device);
-      check_like(tensor, name, param, i);
+      check_like(tensor, name, param, {"params", i});
       extents.push_back(extent_of(tensor, name, written));
     };
     check_float(param, {"params", i});
     add(param, {"params", i}, true);
-    TORCH_CHECK_VALUE(param.is_non_overlapping_and_dense(), "hvd_lbt: params[", i, "] (sizes ",
-                      param.sizes(), ", strides ", param.strides(),
-                      ") has gaps or overlaps in its memory");
+    check_dense(param, {"params", i});
     check_wire_type(grads[i], {"grads", i});
     add(grads[i], {"grads", i}, false);
     if (!clear.empty()) {
@@ -189,59 +189,51 @@ inline void check_fused_sgd(TensorList params, TensorList grads, TensorList mome
   mark_written(low_precision);
 }
 
-// What pack_wire_ and unpack_wire_ demand of the bucket and the tensors laid into it.
-inline void check_wire(const Tensor& wire, TensorList tensors, const char* list,
-                       const Tensor& scale, const Tensor* overflow) {
+// What pack_wire_ and unpack_wire_ demand: wires[i] is laid out as tensors[i], and all wires have
+// one form. The lists must not be empty.
+inline void check_wires(TensorList wires, TensorList tensors, const char* list, const Tensor& scale,
+                        const Tensor* overflow) {
   const bool packs = overflow != nullptr;
-  const at::Device device = wire.device();
-  check_strided(wire, {"wire"}, device);
-  check_wire_type(wire, {"wire"});
-  check_contiguous(wire, {"wire"});
+  TORCH_CHECK_VALUE(wires.size() == tensors.size(), "hvd_lbt: there are ", wires.size(),
+                    " wires for ", tensors.size(), " ", list);
+  const at::Device device = wires[0].device();
   check_single(scale, {"scale"}, device);
-  std::vector<Extent> extents{extent_of(wire, {"wire"}, packs), extent_of(scale, {"scale"}, false)};
+  std::vector<Extent> extents{extent_of(scale, {"scale"}, false)};
+  extents.reserve(2 * wires.size() + 2);
   if (packs) {
     check_single(*overflow, {"overflow"}, device);
     extents.push_back(extent_of(*overflow, {"overflow"}, true));
   }
-  int64_t total = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
-    const Name name{list, i};
+    const Name name{list, i}, wire{"wires", i};
     check_strided(tensors[i], name, device);
     check_float(tensors[i], name);
-    check_contiguous(tensors[i], name);
+    check_dense(tensors[i], name);
+    check_strided(wires[i], wire, device);
+    check_wire_type(wires[i], wire);
+    TORCH_CHECK_TYPE(wires[i].scalar_type() == wires[0].scalar_type(), "hvd_lbt: ", wire, " is ",
+                     wires[i].scalar_type(), ", wires[0] ", wires[0].scalar_type());
+    check_like(wires[i], wire, tensors[i], name);
     extents.push_back(extent_of(tensors[i], name, !packs));
-    total += tensors[i].numel();
+    extents.push_back(extent_of(wires[i], wire, packs));
   }
-  TORCH_CHECK_VALUE(total == wire.numel(), "hvd_lbt: the ", list, " hold ", total,
-                    " elements, the wire ", wire.numel());
   check_overlap(extents);
   if (packs) {
-    mark_written(wire);
+    mark_written(wires);
     mark_written(*overflow);
   } else {
     mark_written(tensors);
   }
 }
 
-inline void check_pack_wire(const Tensor& wire, TensorList sources, const Tensor& scale,
+inline void check_pack_wire(TensorList wires, TensorList sources, const Tensor& scale,
                             const Tensor& overflow, int64_t summands) {
   TORCH_CHECK_VALUE(summands >= 1, "hvd_lbt: summands is ", summands, "; it must be at least 1");
-  check_wire(wire, sources, "sources", scale, &overflow);
+  check_wires(wires, sources, "sources", scale, &overflow);
 }
 
-inline void check_unpack_wire(TensorList targets, const Tensor& wire, const Tensor& scale) {
-  check_wire(wire, targets, "targets", scale, nullptr);
-}
-
-// Where in the bucket each tensor begins.
-inline std::vector<int64_t> offsets_of(TensorList tensors) {
-  std::vector<int64_t> offsets(tensors.size());
-  int64_t total = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    offsets[i] = total;
-    total += tensors[i].numel();
-  }
-  return offsets;
+inline void check_unpack_wire(TensorList targets, TensorList wires, const Tensor& scale) {
+  check_wires(wires, targets, "targets", scale, nullptr);
 }
 
 }  // namespace hvd_lbt

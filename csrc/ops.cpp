@@ -8,9 +8,9 @@ TORCH_LIBRARY(hvd_lbt, library) {
       "float momentum, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, "
       "Tensor? found_inf, Tensor(c!)[] clear, Tensor(d!)[] low_precision) -> ()");
   library.def(
-      "pack_wire_(Tensor(a!) wire, Tensor[] sources, Tensor scale, Tensor(b!) overflow, "
+      "pack_wire_(Tensor(a!)[] wires, Tensor[] sources, Tensor scale, Tensor(b!) overflow, "
       "*, int summands=1) -> ()");
-  library.def("unpack_wire_(Tensor(a!)[] targets, Tensor wire, Tensor scale) -> ()");
+  library.def("unpack_wire_(Tensor(a!)[] targets, Tensor[] wires, Tensor scale) -> ()");
   // Name of the CPU instruction set in use; with `choose`, use that one from now on.
   library.def("cpu_isa(str? choose=None) -> str");
 }

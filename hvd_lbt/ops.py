@@ -143,28 +143,29 @@ def fused_sgd_reference(
 
 
 def pack_wire_(
-    wire: Tensor,
+    wires: Sequence[Tensor],
     sources: Sequence[Tensor],
     scale: Tensor,
     overflow: Tensor,
     *,
     summands: int = 1,
 ) -> None:
-    """Lay scaled gradients into a flat wire bucket: wire = round(scale · concatenation of sources).
+    """Round scaled gradients to their places on the wire: wires = scale · sources.
 
-    wire: contiguous, float16, bfloat16 or float32 (rounding to nearest even), as many elements as
-    all sources together; sources: float32, contiguous; scale: one float32. overflow: one float32,
-    raised (never lowered) to 1 if a finite source does not fit the wire, to 2 if a source is
-    infinite or NaN. summands: how many such buckets will be summed in the wire's form; above 1, the
-    flag is raised to 1 also where 2·summands of the largest value do not fit. Raises ValueError or TypeError naming the tensor.
+    wires: all float16, all bfloat16 or all float32 (rounding to nearest even); sources: float32,
+    dense; wires[i] has sources[i]'s sizes and strides (views into a bucket, or the whole bucket);
+    scale: one float32. overflow: one float32, raised (never lowered) to 1 if a finite source does
+    not fit the wire, to 2 if a source is infinite or NaN. summands: how many such wires will be
+    summed in their form; above 1, the flag is raised to 1 also where 2·summands of the largest
+    value do not fit. Raises ValueError or TypeError naming the tensor.
     """
     require()
-    torch.ops.hvd_lbt.pack_wire_(wire, sources, scale, overflow, summands=summands)
+    torch.ops.hvd_lbt.pack_wire_(wires, sources, scale, overflow, summands=summands)
 
 
 @torch.no_grad()
 def pack_wire_reference(
-    wire: Tensor,
+    wires: Sequence[Tensor],
     sources: Sequence[Tensor],
     scale: Tensor,
     overflow: Tensor,
@@ -172,31 +173,30 @@ def pack_wire_reference(
     summands: int = 1,
 ) -> None:
     """`pack_wire_` in plain torch."""
-    if not sources:
-        return
-    flat = torch.cat([source.reshape(-1) for source in sources])
-    wire.view(-1).copy_(flat * scale)
     room = 2.0 * summands if summands > 1 else 1.0
-    lost = (~(flat * scale * room).to(wire.dtype).isfinite()).any().float()
-    broken = (~flat.isfinite()).any().float()
-    overflow.copy_(torch.maximum(overflow, torch.maximum(lost, 2 * broken).expand_as(overflow)))
+    for wire, source in zip(wires, sources, strict=True):
+        wire.copy_(source * scale)
+        lost = (~(source * scale * room).to(wire.dtype).isfinite()).any().float()
+        broken = (~source.isfinite()).any().float()
+        overflow.copy_(torch.maximum(overflow, torch.maximum(lost, 2 * broken).expand_as(overflow)))
 
 
-def unpack_wire_(targets: Sequence[Tensor], wire: Tensor, scale: Tensor) -> None:
-    """The way back: concatenation of targets = wire / scale.
+def unpack_wire_(targets: Sequence[Tensor], wires: Sequence[Tensor], scale: Tensor) -> None:
+    """The way back: targets = wires / scale.
 
-    targets: float32, contiguous; wire, scale: as `pack_wire_` has them.
+    targets: float32, dense; wires, scale: as `pack_wire_` has them.
     """
     require()
-    torch.ops.hvd_lbt.unpack_wire_(targets, wire, scale)
+    torch.ops.hvd_lbt.unpack_wire_(targets, wires, scale)
 
 
 @torch.no_grad()
-def unpack_wire_reference(targets: Sequence[Tensor], wire: Tensor, scale: Tensor) -> None:
+def unpack_wire_reference(
+    targets: Sequence[Tensor], wires: Sequence[Tensor], scale: Tensor
+) -> None:
     """`unpack_wire_` in plain torch."""
-    pieces = (wire.view(-1).float() / scale).split([target.numel() for target in targets])
-    for target, piece in zip(targets, pieces, strict=True):
-        target.copy_(piece.view_as(target))
+    for target, wire in zip(targets, wires, strict=True):
+        target.copy_(wire.float() / scale)
 
 
 if _missing is None:

@@ -2,10 +2,11 @@
 
 The losses of one update, over all its micro-batches and ranks, sum to the mean loss over the global
 batch; so their gradients are only ever summed, and unequal shares weigh as they should. Gradients
-accumulate in flat fp32 buckets (`.grad` are views). During the last backward each bucket leaves for
-the wire when its last gradient is there; the update reads the world's sum out of the wire buckets.
+accumulate in fp32, in `.grad`, where autograd puts them. During the last backward each bucket of them
+is packed into its wire buffer and leaves when its last gradient is there; the update reads the
+world's sum out of the wire buffers.
 
-The accumulation outlives the sending. If a scaled gradient does not fit the wire, on any rank, or if
+The gradients outlive the sending. If a scaled gradient does not fit the wire, on any rank, or if
 the ranks' sum might not, the update is sent again in fp32 before the optimizer moves. If a gradient itself is
 infinite or NaN, no scale helps: all ranks skip the update.
 """
@@ -35,14 +36,13 @@ GROWTH_INTERVAL = 200  # good updates after which the scale doubles: an overflow
 
 @dataclass(eq=False, kw_only=True)
 class _Slot:
-    """One parameter's place in its bucket; the views have the parameter's sizes and strides."""
+    """One parameter's place in its bucket."""
 
     name: str
     parameter: Tensor
     offset: int
-    accumulation: Tensor = field(init=False)
-    wire: Tensor = field(init=False)
-    begun: bool = False  # whether the accumulation holds this update's gradient, or an old one
+    wire: Tensor = field(init=False)  # view of the bucket's, with the parameter's sizes and strides
+    gradient: Tensor | None = None  # fp32, this rank's of this update so far; laid out as the wire
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,8 +51,7 @@ class _Bucket:
 
     name: str
     slots: list[_Slot]
-    accumulation: Tensor  # flat, fp32: this rank's sum over micro-batches
-    wire: Tensor  # flat, in wire form: the scaled accumulation, then the world's sum
+    wire: Tensor  # flat, in wire form: the scaled gradients, then the world's sum
     missing: int = 0  # gradients of the last backward that have not come
     handle: Any = None  # of the sum under way
 
@@ -140,7 +139,7 @@ class GradientReducer:
             optimizer.set_gradient_source(self._step_gradients)
         else:
             optimizer.register_step_pre_hook(lambda *_: self._before_step())
-            optimizer.register_step_post_hook(lambda *_: self._after_step())
+            optimizer.register_step_post_hook(lambda *_: self._release())
 
     def backward(self, loss: Tensor | None, *, last: bool = True) -> None:
         """Backpropagate one micro-batch of the update; `last` sends the sums.
@@ -213,39 +212,35 @@ class GradientReducer:
     # -- backward: accumulate, and send what is complete ------------------------------------------
 
     def _attach(self) -> None:
-        """Make every `.grad` a view of the accumulation again, whatever the caller did to it.
+        """Make every `.grad` this update's gradient so far, whatever the caller did to it.
 
-        Before the update's first gradient it is None: what autograd then leaves there is copied, which
-        reads and clears no old accumulation.
+        Before the update's first gradient that is None: nothing old is read or cleared.
         """
         first = self._backwards == 0
         for slot in self._slots:
-            grad = slot.parameter.grad
-            slot.begun = slot.begun and not first
-            if slot.parameter.dtype != torch.float32:
-                continue
-            if grad is slot.accumulation:
-                if not slot.begun:
-                    slot.parameter.grad = None
-            elif grad is not None:  # the caller's own: it counts
-                slot.accumulation.copy_(grad)
-                slot.parameter.grad, slot.begun = slot.accumulation, True
-            else:  # zero_grad() between micro-batches: begin again
-                slot.begun = False
+            parameter = slot.parameter
+            if first:
+                if parameter.grad is slot.gradient:  # left over from an update that failed
+                    parameter.grad = None
+                slot.gradient = None
+            if parameter.dtype == torch.float32 and parameter.grad is not slot.gradient:
+                slot.gradient = None  # zero_grad() between micro-batches: begin again
+                if parameter.grad is not None:  # the caller's own: it counts
+                    parameter.grad = slot.gradient = _laid_out_as(parameter.grad, slot)
 
     def _make_hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[Tensor], None]:
         low_precision = slot.parameter.dtype != torch.float32
 
         def gradient_is_there(parameter: Tensor) -> None:
-            if low_precision or not slot.begun:
-                assert parameter.grad is not None
-                if slot.begun:
-                    slot.accumulation.add_(parameter.grad)
+            assert parameter.grad is not None
+            if low_precision:
+                if slot.gradient is None:
+                    slot.gradient = _laid_out_as(parameter.grad, slot)
                 else:
-                    slot.accumulation.copy_(parameter.grad)
-                slot.begun = True
-                # torch wants .grad in the parameter's type
-                parameter.grad = None if low_precision else slot.accumulation
+                    slot.gradient.add_(parameter.grad)
+                parameter.grad = None  # torch wants it in the parameter's type
+            elif parameter.grad is not slot.gradient:  # else autograd has added to it
+                parameter.grad = slot.gradient = _laid_out_as(parameter.grad, slot)
             if not (self._is_last and self.overlap):
                 return
             if bucket.missing == 0:
@@ -261,16 +256,14 @@ class GradientReducer:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
+        wires, gradients = [], []
         for slot in bucket.slots:
-            if not slot.begun:  # no backward of this update reached it
-                slot.accumulation.zero_()
-        ops.pack_wire_(
-            bucket.wire,
-            [bucket.accumulation],
-            self._scale,
-            self._overflow,
-            summands=self.world.size,
-        )
+            if slot.gradient is None:  # no backward of this update reached it
+                slot.wire.zero_()
+            else:
+                wires.append(slot.wire)
+                gradients.append(slot.gradient)
+        ops.pack_wire_(wires, gradients, self._scale, self._overflow, summands=self.world.size)
         bucket.handle = self._allreduce_async(bucket.wire, bucket.name)
 
     # -- step: the world's sum --------------------------------------------------------------------
@@ -313,18 +306,25 @@ class GradientReducer:
         return "wire"
 
     def _send_again(self) -> str:
-        """Sum the accumulations themselves, in fp32, and lower the scale to what would have fitted."""
-        own = torch.stack([bucket.accumulation.abs().max() for bucket in self._buckets]).max()
+        """Sum the gradients themselves, in fp32, and lower the scale to what would have fitted."""
+        flats = [torch.zeros_like(b.wire, dtype=torch.float32) for b in self._buckets]
+        for bucket, flat in zip(self._buckets, flats, strict=True):
+            for slot in bucket.slots:
+                place = _view(flat, slot)
+                if slot.gradient is not None:
+                    place.copy_(slot.gradient)
+                slot.gradient = place
+        own = torch.stack([flat.abs().max() for flat in flats]).max()
         largest_by_rank = torch.zeros(self.world.size, device=self._device)
         largest_by_rank[self.world.rank] = own
         self._sum(largest_by_rank, f"{self.name}.largest")
         handles = [
-            self._allreduce_async(bucket.accumulation, f"{bucket.name}.again")
-            for bucket in self._buckets
+            self._allreduce_async(flat, f"{bucket.name}.again")
+            for bucket, flat in zip(self._buckets, flats, strict=True)
         ]
         for handle in handles:
             self._synchronize(handle)
-        if not all(bool(bucket.accumulation.isfinite().all()) for bucket in self._buckets):
+        if not all(bool(flat.isfinite().all()) for flat in flats):
             return self._skip()  # finite in every rank, not in sum: 2^128 is reached
         self._bad_in_a_row = 0
         if self.wire == "fp16":
@@ -337,7 +337,10 @@ class GradientReducer:
     def _skip(self) -> str:
         """Drop the update; at the last one allowed raise BadUpdatesError, on all ranks the same."""
         # In the order of buckets: a bad gradient spreads from its layer to all that come later.
-        bad = torch.stack([~slot.accumulation.isfinite().all() for slot in self._slots]).float()
+        bad = torch.zeros(len(self._slots), device=self._device)
+        for number, slot in enumerate(self._slots):
+            if slot.gradient is not None:
+                bad[number] = ~slot.gradient.isfinite().all()
         self._sum(bad, f"{self.name}.bad")
         names = [slot.name for slot, count in zip(self._slots, bad.tolist(), strict=True) if count]
         self._skipped += 1
@@ -355,31 +358,33 @@ class GradientReducer:
         """What FusedSGD asks for at the start of its step."""
         scale = self._scale
         verdict = self._receive()
-        again = verdict == "fp32"
-        for slot in self._slots:
-            slot.parameter.grad = None  # as zero_grad() leaves it
+        sums = {slot.parameter: slot.wire for slot in self._slots}
+        if verdict == "fp32":
+            sums |= {s.parameter: s.gradient for s in self._slots if s.gradient is not None}
+        self._release()
         return StepGradients(
-            grads={s.parameter: s.accumulation if again else s.wire for s in self._slots},
-            grad_scale=None if again else scale,
+            grads=sums,
+            grad_scale=None if verdict == "fp32" else scale,
             found_inf=self._one if verdict == "bad" else None,
         )
 
     @torch.no_grad()
     def _before_step(self) -> None:
         """Give another optimizer the sum in `.grad`; without one it leaves a parameter alone."""
-        scale = self._scale
-        verdict = self._receive()
-        if verdict == "wire":
-            for bucket in self._buckets:
-                ops.unpack_wire_([bucket.accumulation], bucket.wire, scale)
-        for slot in self._slots:
-            gradient = slot.accumulation.to(slot.parameter.dtype)
-            slot.parameter.grad = None if verdict == "bad" else gradient
+        given = self._step_gradients()
+        if given.found_inf is not None:
+            return
+        sums, wires = dict(given.grads), list(given.grads.values())
+        if given.grad_scale is not None:
+            sums = {p: torch.empty_like(wire, dtype=torch.float32) for p, wire in sums.items()}
+            ops.unpack_wire_(list(sums.values()), wires, given.grad_scale)
+        for parameter, gradient in sums.items():
+            parameter.grad = gradient.to(parameter.dtype)
 
-    @torch.no_grad()
-    def _after_step(self) -> None:
+    def _release(self) -> None:
+        """Let go of the gradients, and leave `.grad` as zero_grad() does."""
         for slot in self._slots:
-            slot.parameter.grad = None
+            slot.gradient = slot.parameter.grad = None
 
     def _set_scale(self, scale: float) -> None:
         # A new tensor: a step under way still divides by the old one.
@@ -438,16 +443,10 @@ def _make_buckets(
     buckets = []
     for index, slots in enumerate(groups):
         end = slots[-1].offset + -(-slots[-1].parameter.numel() // ALIGNMENT) * ALIGNMENT
-        device = slots[0].parameter.device
-        bucket = _Bucket(
-            name=f"{name}.{index}",
-            slots=slots,
-            accumulation=torch.zeros(end, device=device),
-            wire=torch.zeros(end, device=device, dtype=wire),
-        )
+        flat = torch.zeros(end, device=slots[0].parameter.device, dtype=wire)
+        bucket = _Bucket(name=f"{name}.{index}", slots=slots, wire=flat)
         for slot in slots:
-            slot.accumulation = _view(bucket.accumulation, slot)
-            slot.wire = _view(bucket.wire, slot)
+            slot.wire = _view(flat, slot)
         buckets.append(bucket)
     return buckets
 
@@ -458,6 +457,23 @@ def _view(flat: Tensor, slot: _Slot) -> Tensor:
         slot.parameter, device="meta"
     )  # dense, the parameter's strides if it is
     return flat.as_strided(like.shape, like.stride(), slot.offset)
+
+
+def _laid_out_as(gradient: Tensor, slot: _Slot) -> Tensor:
+    """`gradient`, copied only if it is not fp32 or its memory is not in the wire's order."""
+    if gradient.layout != torch.strided:
+        raise UserError(
+            f"the gradient of {slot.name} is sparse; every weight is updated here. Make its layer "
+            "with sparse=False."
+        )
+    like = slot.wire
+    if gradient.dtype == torch.float32 and all(  # strides of size 1 do not matter
+        own == its or size == 1
+        for own, its, size in zip(gradient.stride(), like.stride(), like.shape, strict=True)
+    ):
+        return gradient
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=torch.float32).copy_(gradient)
 
 
 def _compare_ranks(

@@ -100,24 +100,25 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   });
 }
 
-void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, const Tensor& overflow,
+void pack_wire_(TensorList wires, TensorList sources, const Tensor& scale, const Tensor& overflow,
                 int64_t summands) {
-  check_pack_wire(wire, sources, scale, overflow, summands);
-  const std::vector<int64_t> offsets = offsets_of(sources);
-  const auto pack = chosen_kernels().load()->pack[static_cast<int>(form_of(wire))];
+  if (wires.empty() && sources.empty()) return;
+  check_pack_wire(wires, sources, scale, overflow, summands);
+  const Form form = form_of(wires[0]);
+  const auto pack = chosen_kernels().load()->pack[static_cast<int>(form)];
   const float factor = *scale.const_data_ptr<float>();
   Magnitudes magnitudes{0, 0};
   std::mutex joining;
   for_each_share(sources, [&](size_t i, int64_t first, int64_t count) {
     Magnitudes mine{0, 0};
-    pack(address(wire, offsets[i] + first), sources[i].const_data_ptr<float>() + first, count,
-         factor, &mine);
+    pack(address(wires[i], first), sources[i].const_data_ptr<float>() + first, count, factor,
+         &mine);
     const std::lock_guard<std::mutex> lock(joining);
     magnitudes.source = std::max(magnitudes.source, mine.source);
     magnitudes.scaled = std::max(magnitudes.scaled, mine.scaled);
   });
   const float flag = [&] {
-    switch (form_of(wire)) {
+    switch (form) {
       case Form::kHalf:
         return overflow_rule<Half>(magnitudes.source, magnitudes.scaled,
                                    static_cast<float>(summands));
@@ -133,14 +134,14 @@ void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, con
   if (flag > *raised) *raised = flag;
 }
 
-void unpack_wire_(TensorList targets, const Tensor& wire, const Tensor& scale) {
-  check_unpack_wire(targets, wire, scale);
-  const std::vector<int64_t> offsets = offsets_of(targets);
-  const auto unpack = chosen_kernels().load()->unpack[static_cast<int>(form_of(wire))];
+void unpack_wire_(TensorList targets, TensorList wires, const Tensor& scale) {
+  if (wires.empty() && targets.empty()) return;
+  check_unpack_wire(targets, wires, scale);
+  const auto unpack = chosen_kernels().load()->unpack[static_cast<int>(form_of(wires[0]))];
   const float factor = *scale.const_data_ptr<float>();
   for_each_share(targets, [&](size_t i, int64_t first, int64_t count) {
-    unpack(targets[i].mutable_data_ptr<float>() + first, const_address(wire, offsets[i] + first),
-           count, factor);
+    unpack(targets[i].mutable_data_ptr<float>() + first, const_address(wires[i], first), count,
+           factor);
   });
 }
 

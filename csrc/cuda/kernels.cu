@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class W>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const __grid_constant__ Table<WireTensor> table, W* wire, const float* scale,
+    pack_kernel(const __grid_constant__ Table<WireTensor> table, const float* scale,
                 float* overflow, float summands) {
   const Share share = share_of_block(table);
   const float* source = table.entries[share.entry].values;
-  W* target = wire + table.entries[share.entry].offset;
+  W* target = static_cast<W*>(table.entries[share.entry].wire);
   const float factor = *scale;
   uint32_t source_peak = 0, scaled_peak = 0;
   const auto pack = [&](float value) {
@@ -181,11 +181,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class W>
 __global__ void __launch_bounds__(kThreads)
-    unpack_kernel(const __grid_constant__ Table<WireTensor> table, const W* wire,
-                  const float* scale) {
+    unpack_kernel(const __grid_constant__ Table<WireTensor> table, const float* scale) {
   const Share share = share_of_block(table);
   float* target = table.entries[share.entry].values;
-  const W* source = wire + table.entries[share.entry].offset;
+  const W* source = static_cast<const W*>(table.entries[share.entry].wire);
   const float factor = *scale;
   deal(
       share, aligned(source) && aligned(target),
@@ -222,19 +221,17 @@ void in_tables(const std::vector<Entry>& tensors, const Launch& launch) {
 }
 
 template <class W>
-void pack_as(void* wire, const std::vector<WireTensor>& sources, const float* scale,
-             float* overflow, float summands, cudaStream_t stream) {
-  in_tables(sources, [&](const Table<WireTensor>& table, uint32_t blocks) {
-    pack_kernel<W>
-        <<<blocks, kThreads, 0, stream>>>(table, static_cast<W*>(wire), scale, overflow, summands);
+void pack_as(const std::vector<WireTensor>& tensors, const float* scale, float* overflow,
+             float summands, cudaStream_t stream) {
+  in_tables(tensors, [&](const Table<WireTensor>& table, uint32_t blocks) {
+    pack_kernel<W><<<blocks, kThreads, 0, stream>>>(table, scale, overflow, summands);
   });
 }
 
 template <class W>
-void unpack_as(const std::vector<WireTensor>& targets, const void* wire, const float* scale,
-               cudaStream_t stream) {
-  in_tables(targets, [&](const Table<WireTensor>& table, uint32_t blocks) {
-    unpack_kernel<W><<<blocks, kThreads, 0, stream>>>(table, static_cast<const W*>(wire), scale);
+void unpack_as(const std::vector<WireTensor>& tensors, const float* scale, cudaStream_t stream) {
+  in_tables(tensors, [&](const Table<WireTensor>& table, uint32_t blocks) {
+    unpack_kernel<W><<<blocks, kThreads, 0, stream>>>(table, scale);
   });
 }
 
@@ -247,27 +244,27 @@ void cuda_sgd(const std::vector<SgdTensor>& tensors, const float* grad_scale,
   });
 }
 
-void cuda_pack(void* wire, Form form, const std::vector<WireTensor>& sources, const float* scale,
+void cuda_pack(const std::vector<WireTensor>& tensors, Form form, const float* scale,
                float* overflow, float summands, cudaStream_t stream) {
   switch (form) {
     case Form::kFloat:
-      return pack_as<float>(wire, sources, scale, overflow, summands, stream);
+      return pack_as<float>(tensors, scale, overflow, summands, stream);
     case Form::kHalf:
-      return pack_as<Half>(wire, sources, scale, overflow, summands, stream);
+      return pack_as<Half>(tensors, scale, overflow, summands, stream);
     case Form::kBfloat16:
-      return pack_as<Bfloat16>(wire, sources, scale, overflow, summands, stream);
+      return pack_as<Bfloat16>(tensors, scale, overflow, summands, stream);
   }
 }
 
-void cuda_unpack(const std::vector<WireTensor>& targets, const void* wire, Form form,
-                 const float* scale, cudaStream_t stream) {
+void cuda_unpack(const std::vector<WireTensor>& tensors, Form form, const float* scale,
+                 cudaStream_t stream) {
   switch (form) {
     case Form::kFloat:
-      return unpack_as<float>(targets, wire, scale, stream);
+      return unpack_as<float>(tensors, scale, stream);
     case Form::kHalf:
-      return unpack_as<Half>(targets, wire, scale, stream);
+      return unpack_as<Half>(tensors, scale, stream);
     case Form::kBfloat16:
-      return unpack_as<Bfloat16>(targets, wire, scale, stream);
+      return unpack_as<Bfloat16>(tensors, scale, stream);
   }
 }
 

@@ -22,10 +22,10 @@ struct SgdTensor {
   Form low_form;
 };
 
-// One tensor laid into a wire bucket.
+// One tensor and its place on the wire; packing only reads the values, unpacking only the wire.
 struct WireTensor {
-  float* values;   // only read when packing
-  int64_t offset;  // where it begins in the bucket, in elements
+  float* values;
+  void* wire;
   int64_t count;
 };
 
@@ -33,9 +33,9 @@ struct WireTensor {
 // it. One launch for up to 543 (cuda_sgd) or 1,165 tensors.
 void cuda_sgd(const std::vector<SgdTensor>& tensors, const float* grad_scale,
               const float* found_inf, const SgdSettings& settings, cudaStream_t stream);
-void cuda_pack(void* wire, Form form, const std::vector<WireTensor>& sources, const float* scale,
+void cuda_pack(const std::vector<WireTensor>& tensors, Form form, const float* scale,
                float* overflow, float summands, cudaStream_t stream);
-void cuda_unpack(const std::vector<WireTensor>& targets, const void* wire, Form form,
-                 const float* scale, cudaStream_t stream);
+void cuda_unpack(const std::vector<WireTensor>& tensors, Form form, const float* scale,
+                 cudaStream_t stream);
 
 }  // namespace hvd_lbt

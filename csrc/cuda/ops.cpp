@@ -43,35 +43,32 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class Data>
-std::vector<WireTensor> wire_tensors(TensorList tensors, const Data& data) {
-  const std::vector<int64_t> offsets = offsets_of(tensors);
+std::vector<WireTensor> wire_tensors(TensorList tensors, TensorList wires) {
   std::vector<WireTensor> entries(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    entries[i] = {data(tensors[i]), offsets[i], tensors[i].numel()};
+  for (size_t i = 0; i < tensors.size(); ++i) {  // each kernel only reads one of the two
+    entries[i] = {const_cast<float*>(tensors[i].const_data_ptr<float>()),
+                  const_cast<void*>(wires[i].const_data_ptr()), tensors[i].numel()};
   }
   return entries;
 }
 
-void pack_wire_(const Tensor& wire, TensorList sources, const Tensor& scale, const Tensor& overflow,
+void pack_wire_(TensorList wires, TensorList sources, const Tensor& scale, const Tensor& overflow,
                 int64_t summands) {
-  check_pack_wire(wire, sources, scale, overflow, summands);
-  const c10::cuda::CUDAGuard guard(wire.device());
-  const auto read = [](const Tensor& tensor) {
-    return const_cast<float*>(tensor.const_data_ptr<float>());  // the kernel only reads it
-  };
-  cuda_pack(wire.mutable_data_ptr(), form_of(wire), wire_tensors(sources, read),
-            scale.const_data_ptr<float>(), overflow.mutable_data_ptr<float>(),
-            static_cast<float>(summands), c10::cuda::getCurrentCUDAStream());
+  if (wires.empty() && sources.empty()) return;
+  check_pack_wire(wires, sources, scale, overflow, summands);
+  const c10::cuda::CUDAGuard guard(wires[0].device());
+  cuda_pack(wire_tensors(sources, wires), form_of(wires[0]), scale.const_data_ptr<float>(),
+            overflow.mutable_data_ptr<float>(), static_cast<float>(summands),
+            c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void unpack_wire_(TensorList targets, const Tensor& wire, const Tensor& scale) {
-  check_unpack_wire(targets, wire, scale);
-  const c10::cuda::CUDAGuard guard(wire.device());
-  const auto written = [](const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); };
-  cuda_unpack(wire_tensors(targets, written), wire.const_data_ptr(), form_of(wire),
-              scale.const_data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
+void unpack_wire_(TensorList targets, TensorList wires, const Tensor& scale) {
+  if (wires.empty() && targets.empty()) return;
+  check_unpack_wire(targets, wires, scale);
+  const c10::cuda::CUDAGuard guard(wires[0].device());
+  cuda_unpack(wire_tensors(targets, wires), form_of(wires[0]), scale.const_data_ptr<float>(),
+              c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,11 +1,12 @@
 """`hvd_lbt bench step`: from accumulated gradients to updated weights, on real ranks.
 
 Run it under a launcher: `launch/local 2 bench step`. ResNet-50's parameters; the backward is
-replaced by one that hands out gradients that are there already, so that what is timed is
-communication and update. The peers in the same run, both with torch's fused SGD: Horovod's
-DistributedOptimizer with its fp16 compression, and torch's DistributedDataParallel with its fp16
-hook on Gloo. `--hidden` times a real backward instead, and tells how much of the communication it
-hides.
+replaced by one that hands out gradients that are there already, one after the other, last parameter
+first, as a real one does. What plain autograd takes for that, accumulation included, is measured
+beside and taken off: the rest is communication and update. The peers in the same run, both with
+torch's fused SGD: Horovod's DistributedOptimizer with its fp16 compression, and torch's
+DistributedDataParallel with its fp16 hook on Gloo. `--hidden` times a real backward instead, and
+tells how much of the communication it hides.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_lbt import comm
-from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
+from hvd_lbt.bench.harness import Lines, Times, check_equal, speedup, time_interleaved
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.models import build_model
 from hvd_lbt.optim import FusedSGD
@@ -47,27 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Given(torch.autograd.Function):
-    """A loss whose backward hands every parameter a given gradient, last parameter first."""
+    """A layer whose backward hands its parameter a given gradient."""
 
     @staticmethod
-    def forward(ctx, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
+    def forward(ctx, before: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return before.view_as(before)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return None, *(gradient.clone() for gradient in ctx.gradients)
+        return grad_output, ctx.gradient.clone(), None
 
 
 class _GivenModel(nn.Module):
-    """A model whose output is the loss above: what DistributedDataParallel can wrap."""
+    """A model of such layers; its output is the loss. DistributedDataParallel can wrap it."""
 
     def __init__(self, model: nn.Module, gradients: list[Tensor]) -> None:
         super().__init__()
         self.model, self.gradients = model, gradients
 
     def forward(self) -> Tensor:
-        return _Given.apply(self.gradients, *self.model.parameters())
+        loss = self.gradients[0].new_zeros((), requires_grad=True)
+        for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
+            loss = _Given.apply(loss, parameter, gradient)
+        return loss
 
 
 def main(args: argparse.Namespace) -> int:
@@ -133,11 +137,12 @@ def _measure(
     accumulate: int, args: argparse.Namespace, world: World, device: torch.device, lines: Lines
 ) -> None:
     hvd = comm.horovod()
-    mine, horovods, ddps = _models(3, device)
+    mine, horovods, ddps, alone = _models(4, device)
     torch.manual_seed(world.rank)
     parts = world.size * accumulate
     gradients = [torch.randn_like(p) / 100 / parts for p in mine.parameters()]
 
+    my_model = _GivenModel(mine, gradients)
     optimizer = FusedSGD(mine.parameters(), **SETTINGS)
     reducer = GradientReducer(
         mine,
@@ -151,8 +156,7 @@ def _measure(
 
     def ours() -> None:
         for index in range(accumulate):
-            loss = _Given.apply(gradients, *mine.parameters())
-            reducer.backward(loss, last=index == accumulate - 1)
+            reducer.backward(my_model(), last=index == accumulate - 1)
         optimizer.step()
 
     peer = hvd.DistributedOptimizer(
@@ -163,9 +167,11 @@ def _measure(
         backward_passes_per_step=accumulate,
     )
 
+    horovods_model = _GivenModel(horovods, gradients)
+
     def horovod() -> None:
         for _ in range(accumulate):
-            _Given.apply(gradients, *horovods.parameters()).backward()
+            horovods_model().backward()
         peer.step()
         peer.zero_grad()
 
@@ -185,10 +191,12 @@ def _measure(
         ddp_optimizer.step()
         ddp_optimizer.zero_grad()
 
+    model_alone = _GivenModel(alone, gradients)
+
     def only_backward() -> None:
         for _ in range(accumulate):
-            for gradient in gradients:
-                gradient.clone()
+            model_alone().backward()
+        alone.zero_grad()
 
     peers = {"hvd.DistributedOptimizer, fp16": horovod, "DistributedDataParallel, fp16, Gloo": ddp}
     for _ in range(2):
@@ -204,14 +212,22 @@ def _measure(
         repetitions=args.repetitions,
         synchronize=_synchronizer(device),
     )
+    rest = {name: _without(times[name], times["backward"]) for name in ("ours", *peers)}
     lines.result(
         case=f"communication and update, accumulation of {accumulate}",
         largest_differences=differences,
         backward_ms=1e3 * times["backward"].median,
-        peer_ms={name: 1e3 * times[name].median for name in peers},
-        against={name: speedup(times["ours"], times[name]) for name in peers},
+        ms_without_backward={name: 1e3 * its.median for name, its in rest.items()},
+        against={name: speedup(rest["ours"], rest[name]) for name in peers},
+        against_with_backward={name: speedup(times["ours"], times[name]) for name in peers},
         **times["ours"].summary(),
     )
+
+
+def _without(times: Times, part: Times) -> Times:
+    """What is left of each repetition without the part that was timed beside it."""
+    pairs = zip(times.seconds, part.seconds, strict=True)
+    return Times(tuple(whole - less for whole, less in pairs))
 
 
 def _measure_hidden(

@@ -167,9 +167,7 @@ def _wire_cases(net: Net) -> Iterator[Case]:
             torch.empty(net.elements, dtype=FORMS[name], device=net.device) for _ in range(2)
         )
         overflow, flag = (torch.zeros(1, device=net.device) for _ in range(2))
-
-        def pack(ours: Tensor = ours, overflow: Tensor = overflow) -> None:
-            ops.pack_wire_(ours, sources, scale, overflow)
+        pack = partial(ops.pack_wire_, net.views(ours), sources, scale, overflow)
 
         def torch_pack(theirs: Tensor = theirs, flag: Tensor = flag) -> None:
             torch.mul(source, scale, out=theirs)  # it may read one flat source, we read 161
@@ -182,12 +180,13 @@ def _wire_cases(net: Net) -> Iterator[Case]:
             {"torch": Way(run=torch_pack, results=partial(list, (theirs, flag)))},
         )
     wire = net.random(3).half()
+    wires = net.views(wire)
     targets = [torch.empty_like(piece) for piece in sources]
     flat = torch.empty_like(source)
     yield Case(
         "unpack from fp16",
         2 + 4,
-        Way(run=lambda: ops.unpack_wire_(targets, wire, scale), results=lambda: targets),
+        Way(run=lambda: ops.unpack_wire_(targets, wires, scale), results=lambda: targets),
         {
             "torch": Way(
                 run=lambda: flat.copy_(wire).div_(scale),  # torch.div would round to fp16

@@ -89,8 +89,8 @@ def test_the_wire_has_the_bits_of_the_cpu(form, offset, spoiled):
         for side, device in enumerate(("cpu", "cuda")):
             scale, flag = torch.tensor(1024.0, device=device), torch.zeros((), device=device)
             wire = torch.empty(sum(SIZES), dtype=form, device=device)
-            ops.pack_wire_(wire, sources[side], scale, flag, summands=summands)
-            ops.unpack_wire_(back[side], wire, scale)
+            ops.pack_wire_(wire.split(SIZES), sources[side], scale, flag, summands=summands)
+            ops.unpack_wire_(back[side], wire.split(SIZES), scale)
             wires.append(wire)
             flags.append(flag)
         assert_same([wires[0], flags[0]], [wires[1], flags[1]])
@@ -141,7 +141,7 @@ def test_a_graph_captures_pack_and_update():
     views = wire.split(SIZES)
 
     def update(params, grads, momenta):
-        ops.pack_wire_(wire, grads, scale, flag)
+        ops.pack_wire_(views, grads, scale, flag)
         ops.fused_sgd_(
             params, views, momenta, lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=False,
             maximize=False, grad_scale=scale, found_inf=flag, clear=(),

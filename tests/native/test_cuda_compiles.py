@@ -75,15 +75,15 @@ int sgd(int count, SgdTensor* tensors, const float* scale, const float* found_in
   cuda_sgd({{tensors, tensors + count}}, scale, found_inf, *settings, nullptr);
   return launches;
 }}
-int pack(void* wire, int form, int count, WireTensor* sources, const float* scale, float* overflow,
+int pack(int count, WireTensor* tensors, int form, const float* scale, float* overflow,
          float summands) {{
   launches = 0;
-  cuda_pack(wire, Form(form), {{sources, sources + count}}, scale, overflow, summands, nullptr);
+  cuda_pack({{tensors, tensors + count}}, Form(form), scale, overflow, summands, nullptr);
   return launches;
 }}
-int unpack(int count, WireTensor* targets, const void* wire, int form, const float* scale) {{
+int unpack(int count, WireTensor* tensors, int form, const float* scale) {{
   launches = 0;
-  cuda_unpack({{targets, targets + count}}, wire, Form(form), scale, nullptr);
+  cuda_unpack({{tensors, tensors + count}}, Form(form), scale, nullptr);
   return launches;
 }}
 }}
@@ -109,7 +109,7 @@ class SgdSettings(ctypes.Structure):
 class WireTensor(ctypes.Structure):
     _fields_ = [
         ("values", ctypes.c_void_p),
-        ("offset", ctypes.c_int64),
+        ("wire", ctypes.c_void_p),
         ("count", ctypes.c_int64),
     ]
 
@@ -217,23 +217,23 @@ def test_sgd_kernel_gives_the_bits_of_the_cpu(kernels, form, shift, extras):
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_wire_kernels_give_the_bits_of_the_cpu(kernels, form, shift):
     sources = tensors(SIZES, shift)
-    offsets = [sum(SIZES[:i]) for i in range(len(SIZES))]
     scale, overflow = torch.tensor(1024.0), torch.zeros(1)
     wanted = torch.zeros(sum(SIZES), dtype=form)
     wire = torch.zeros_like(wanted)
 
     def table(of):
+        wires = map(address, wire.split(SIZES))
         return (WireTensor * len(SIZES))(
-            *(WireTensor(*entry) for entry in zip(map(address, of), offsets, SIZES, strict=True))
+            *(WireTensor(*entry) for entry in zip(map(address, of), wires, SIZES, strict=True))
         )
 
     def pack(summands=1):
         overflow.zero_()
         wanted_overflow = torch.zeros(1)
-        ops.pack_wire_(wanted, sources, scale, wanted_overflow, summands=summands)
+        ops.pack_wire_(wanted.split(SIZES), sources, scale, wanted_overflow, summands=summands)
         launched = kernels.pack(
-            address(wire), FORMS[form], len(SIZES), table(sources), address(scale),
-            address(overflow), ctypes.c_float(summands),
+            len(SIZES), table(sources), FORMS[form], address(scale), address(overflow),
+            ctypes.c_float(summands),
         )  # fmt: skip
         assert launched == 1
         assert torch.equal(wire.view(torch.uint8), wanted.view(torch.uint8))
@@ -242,8 +242,8 @@ def test_wire_kernels_give_the_bits_of_the_cpu(kernels, form, shift):
 
     assert pack() == 0
     back, wanted_back = tensors(SIZES, shift, seed=5), tensors(SIZES, shift, seed=6)
-    ops.unpack_wire_(wanted_back, wire, scale)
-    assert kernels.unpack(len(SIZES), table(back), address(wire), FORMS[form], address(scale)) == 1
+    ops.unpack_wire_(wanted_back, wire.split(SIZES), scale)
+    assert kernels.unpack(len(SIZES), table(back), FORMS[form], address(scale)) == 1
     assert all(map(torch.equal, back, wanted_back))
 
     largest = torch.finfo(form).max / 1024

@@ -110,9 +110,10 @@ def test_all_instruction_sets_give_the_same_bits(form):
             **options,
         )
         wire = torch.empty(sum(SIZES), dtype=form)
-        ops.pack_wire_(wire, params, scale, overflow)
+        wires = wire.split(SIZES)
+        ops.pack_wire_(wires, params, scale, overflow)
         back = [torch.empty_like(p) for p in params]
-        ops.unpack_wire_(back, wire, scale)
+        ops.unpack_wire_(back, wires, scale)
         results.append([*params, *momenta, *low, wire, *back])
     ops.cpu_isa(before)
     for other in results[1:]:
@@ -185,12 +186,38 @@ def test_the_wire_rounds_as_torch_does(isa, form, offset):
     sources = tensors(SIZES, seed=1, offset=offset)
     wire = torch.empty(sum(SIZES) + offset, dtype=form)[offset:]
     scale, overflow = torch.tensor(2.0**7), torch.zeros(())
-    ops.pack_wire_(wire, sources, scale, overflow)
+    ops.pack_wire_(wire.split(SIZES), sources, scale, overflow)
     assert torch.equal(wire, (torch.cat(sources) * scale).to(form))
     assert overflow == 0
     targets = [torch.empty_like(s) for s in sources]
-    ops.unpack_wire_(targets, wire, scale)
+    ops.unpack_wire_(targets, wire.split(SIZES), scale)
     assert torch.equal(torch.cat(targets), wire.float() / scale)
+
+
+def test_the_wire_is_laid_out_as_the_gradient_and_gaps_between_wires_stay():
+    sources = [
+        torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(3, 7).t(),
+        torch.randn(16, 4, 1, 1),
+    ]
+    bucket = torch.full((1000,), 7.0, dtype=torch.float16)
+    starts = (0, 608, 640)
+    wires = [
+        bucket.as_strided(source.shape, source.stride(), start)
+        for source, start in zip(sources, starts, strict=True)
+    ]
+    ops.pack_wire_(wires, sources, torch.tensor(4.0), torch.zeros(1))
+    for source, start, wire in zip(sources, starts, wires, strict=True):
+        assert torch.equal(wire, (source * 4).half())
+        in_memory = source.as_strided((source.numel(),), (1,))
+        assert torch.equal(bucket[start : start + source.numel()], (in_memory * 4).half())
+    filled = torch.zeros(1000, dtype=torch.bool)
+    for source, start in zip(sources, starts, strict=True):
+        filled[start : start + source.numel()] = True
+    assert (bucket[~filled] == 7).all()
+    back = [torch.empty_like(source) for source in sources]
+    ops.unpack_wire_(back, wires, torch.tensor(4.0))
+    assert all(torch.equal(b, w.float() / 4) for b, w in zip(back, wires, strict=True))
 
 
 @pytest.mark.parametrize("form", [torch.float16, torch.bfloat16])
@@ -206,10 +233,10 @@ def test_every_value_of_a_form_and_every_tie_between_them(isa, form):
     tiny = torch.tensor([1e-45, -1e-45, 1e-40, 2.0**-149, 2.0**-26, 2.0**-25, 3e-8])
     source = torch.cat([values, near, tiny])
     wire = torch.empty(len(source), dtype=form)
-    ops.pack_wire_(wire, [source], torch.tensor(1.0), torch.zeros(()))
+    ops.pack_wire_([wire], [source], torch.tensor(1.0), torch.zeros(()))
     assert torch.equal(wire.view(torch.int16), source.to(form).view(torch.int16))
     back = torch.empty_like(values)
-    ops.unpack_wire_([back], values.to(form), torch.tensor(1.0))
+    ops.unpack_wire_([back], [values.to(form)], torch.tensor(1.0))
     assert torch.equal(back.view(torch.int32), values.view(torch.int32))
 
 
@@ -234,10 +261,10 @@ def test_the_flag_tells_too_large_from_broken(isa, form, scale, value, flag, pla
     source[place] = value
     overflow = torch.zeros(1)
     wire = torch.empty(100_000, dtype=form)
-    ops.pack_wire_(wire, [source], torch.tensor(scale), overflow)
+    ops.pack_wire_([wire], [source], torch.tensor(scale), overflow)
     assert overflow.item() == flag
     raised = torch.full((1,), 2.0)
-    ops.pack_wire_(wire, [torch.zeros(100_000)], torch.tensor(scale), raised)
+    ops.pack_wire_([wire], [torch.zeros(100_000)], torch.tensor(scale), raised)
     assert raised.item() == 2  # never lowered
 
 
@@ -257,7 +284,7 @@ def test_the_flag_keeps_room_for_a_sum(isa, form, value, summands, flag):
     for pack in (ops.pack_wire_, ops.pack_wire_reference):
         overflow = torch.zeros(1)
         wire, source = torch.empty(3, dtype=form), torch.tensor([0.0, -value, 1.0])
-        pack(wire, [source], torch.tensor(1.0), overflow, summands=summands)
+        pack([wire], [source], torch.tensor(1.0), overflow, summands=summands)
         assert overflow.item() == flag
         assert torch.equal(wire, source.to(form))
 
@@ -274,14 +301,14 @@ def test_references_agree_with_the_operators():
     for function, wire, flag in zip(
         (ops.pack_wire_, ops.pack_wire_reference), wires, flags, strict=True
     ):
-        function(wire, params, torch.tensor(2.0**15), flag)
+        function(wire.split(SIZES), params, torch.tensor(2.0**15), flag)
     assert torch.equal(wires[0], wires[1])
     assert flags[0].item() == flags[1].item() == 1
     targets = [[torch.empty_like(p) for p in params] for _ in range(2)]
     for function, target in zip(
         (ops.unpack_wire_, ops.unpack_wire_reference), targets, strict=True
     ):
-        function(target, wires[0], torch.tensor(8.0))
+        function(target, wires[0].split(SIZES), torch.tensor(8.0))
     assert all(torch.equal(a, b) for a, b in zip(*targets, strict=True))
 
 
@@ -339,16 +366,24 @@ def test_bad_input_is_named(changes, error, message):
 
 def test_bad_wires_are_named():
     one, overflow = torch.tensor(1.0), torch.zeros(1)
-    with pytest.raises(ValueError, match="the sources hold 3 elements, the wire 4"):
-        ops.pack_wire_(torch.zeros(4), [torch.zeros(3)], one, overflow)
-    with pytest.raises(TypeError, match="wire is Int"):
-        ops.pack_wire_(torch.zeros(4, dtype=torch.int32), [torch.zeros(4)], one, overflow)
-    with pytest.raises(ValueError, match=r"sources\[0\] .* is not contiguous"):
-        ops.pack_wire_(torch.zeros(4), [torch.zeros(2, 4)[:, ::2]], one, overflow)
+    with pytest.raises(ValueError, match="there are 1 wires for 2 sources"):
+        ops.pack_wire_([torch.zeros(4)], [torch.zeros(2)] * 2, one, overflow)
+    with pytest.raises(ValueError, match=r"wires\[0\] has sizes \[4\], sources\[0\] has \[3\]"):
+        ops.pack_wire_([torch.zeros(4)], [torch.zeros(3)], one, overflow)
+    with pytest.raises(TypeError, match=r"wires\[0\] is Int"):
+        ops.pack_wire_([torch.zeros(4, dtype=torch.int32)], [torch.zeros(4)], one, overflow)
+    with pytest.raises(TypeError, match=r"wires\[1\] is Half, wires\[0\] Float"):
+        ops.pack_wire_([torch.zeros(4), torch.zeros(4).half()], tensors([4, 4]), one, overflow)
+    with pytest.raises(ValueError, match=r"sources\[0\] .* has gaps"):
+        ops.pack_wire_([torch.zeros(2, 2)], [torch.zeros(2, 4)[:, ::2]], one, overflow)
     with pytest.raises(
-        ValueError, match=r"targets\[1\] and targets\[0\] overlap|overlap in memory"
+        ValueError, match=r"wires\[0\] has strides \[3, 1\], sources\[0\] has \[1, 2\]"
     ):
-        ops.unpack_wire_([SHARED[:4], SHARED[:4]], torch.zeros(8), one)
+        ops.pack_wire_([torch.zeros(2, 3)], [torch.zeros(3, 2).t()], one, overflow)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        ops.pack_wire_([SHARED[:4], SHARED[2:6]], tensors([4, 4]), one, overflow)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        ops.unpack_wire_([SHARED[:4], SHARED[:4]], tensors([4, 4]), one)
 
 
 def test_empty_lists_do_nothing():
@@ -356,8 +391,8 @@ def test_empty_lists_do_nothing():
         [], [], [], lr=1.0, momentum=0.9, weight_decay=0.0, nesterov=False, maximize=False
     )
     overflow = torch.zeros(1)
-    ops.pack_wire_(torch.empty(0, dtype=torch.float16), [], torch.tensor(1.0), overflow)
-    ops.unpack_wire_([], torch.empty(0, dtype=torch.float16), torch.tensor(1.0))
+    ops.pack_wire_([], [], torch.tensor(1.0), overflow)
+    ops.unpack_wire_([], [], torch.tensor(1.0))
     assert overflow.item() == 0
 
 
@@ -381,9 +416,10 @@ def test_opcheck():
             "low_precision": tensors([4, 33], torch.float16, seed=6),
         },
     )
-    wire, one = torch.empty(37, dtype=torch.float16), torch.tensor(1.0)
-    torch.library.opcheck(torch.ops.hvd_lbt.pack_wire_.default, (wire, params, one, torch.zeros(1)))
-    torch.library.opcheck(torch.ops.hvd_lbt.unpack_wire_.default, (params, wire, one))
+    wires, one = tensors([4, 33], torch.float16), torch.tensor(1.0)
+    given = (wires, params, one, torch.zeros(1))
+    torch.library.opcheck(torch.ops.hvd_lbt.pack_wire_.default, given)
+    torch.library.opcheck(torch.ops.hvd_lbt.unpack_wire_.default, (params, wires, one))
 
 
 @pytest.mark.skipif(not HUGE, reason="13 GB of memory: HVD_LBT_TEST_HUGE=1 runs it")
@@ -392,10 +428,10 @@ def test_more_than_2_to_the_31_elements():
     source = torch.zeros(count)
     source[-1], source[2**31] = 3.0, 5.0
     wire = torch.empty(count, dtype=torch.float16)
-    ops.pack_wire_(wire, [source], torch.tensor(2.0), torch.zeros(1))
+    ops.pack_wire_([wire], [source], torch.tensor(2.0), torch.zeros(1))
     assert wire[-1] == 6
     assert wire[2**31] == 10
-    ops.unpack_wire_([source], wire, torch.tensor(4.0))
+    ops.unpack_wire_([source], [wire], torch.tensor(4.0))
     assert source[-1] == 1.5
     options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
     ops.fused_sgd_([source], [wire], [], lr=1.0, **options)
