@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -31,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hvd_lbt.data.digits import cache_folder
 from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, shard_kind
-from hvd_lbt.data.reading import Readers
+from hvd_lbt.data.reading import Readers, bounded
 from hvd_lbt.errors import ReadError, UserError
 
 VERSION = 1
@@ -60,8 +61,12 @@ class Names:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.raw(index))
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of one name."""
         start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.blob[start : self.ends[index]].tobytes())
+        return self.blob[start : self.ends[index]].tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +112,26 @@ def has_split(data: Path, split: str) -> bool:
     return folder or any(_says(entry.name, words) for entry in _entries(data))
 
 
-def find_source(data: Path, split: str) -> Source:
+def find_source(data: Path, split: str, asked: list[Path]) -> Source:
     """Find what `split` (train or test) consists of, by content.
 
     DATA/train (DATA/test, DATA/val) with CLASS/FILE or with shards, or shards in DATA itself whose names say
-    train (test, val). Raises UserError for nothing, for a mixture, and for what cannot be read.
+    train (test, val). asked: see `bounded`. Raises UserError for nothing, for a mixture, and for what
+    cannot be read.
     """
     try:
-        return _find_source(data, split)
+        return _find_source(data, split, asked)
     except OSError as error:
         raise UserError(f"--data {data} cannot be read ({error}).") from error
 
 
-def _find_source(data: Path, split: str) -> Source:
+def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
+    asked.append(data)
+    if not data.is_dir():
+        raise UserError(
+            f"--data {data}: there is no such folder. It must hold train/CLASS/FILE and "
+            "test/CLASS/FILE (or val/…), or shards; without --data the built-in digits are used."
+        )
     words = SPLITS[split]
     root = next((data / word for word in words if (data / word).is_dir()), None)
     where = f"{data}/{{{','.join(words)}}}" if len(words) > 1 else f"{data}/{words[0]}"
@@ -129,12 +141,14 @@ def _find_source(data: Path, split: str) -> Source:
         folders = []
     else:
         where = str(root)
+        asked.append(root)
         entries = _entries(root)
         folders = [entry for entry in entries if entry.is_dir()]
         files = [entry for entry in entries if not entry.is_dir() and entry.is_file()]
     kinds: dict[str, list[os.DirEntry[str]]] = {}
     for entry in files:
-        kind = shard_kind(Path(entry.path))
+        asked.append(Path(entry.path))
+        kind = shard_kind(asked[-1])
         if kind:
             kinds.setdefault(kind, []).append(entry)
     if folders:
@@ -151,7 +165,10 @@ def _find_source(data: Path, split: str) -> Source:
             f"TFRecord's or RecordIO's format; among {len(files)} files there is none of these."
         )
     ((kind, parts),) = kinds.items()
-    stats = [entry.stat() for entry in parts]
+    stats = []
+    for entry in parts:
+        asked.append(Path(entry.path))
+        stats.append(entry.stat())
     return Source(
         kind=kind,
         root=root,
@@ -178,18 +195,26 @@ def open_index(data: Path, split: str, timeout: float) -> Index:
     timeout: give up, with a ReadError that says where, when the storage gives nothing for so many
     seconds.
     """
-    source = find_source(data, split)
-    asked = time.time()
-    file = _index_file(data, split)
-    index, why = _load(file, source, asked)
+    source, began, file, index, why = bounded(partial(_look, data, split), timeout)
     if index is not None:
         return index
     try:
         with _lock(file, timeout) as beat:
-            index, _ = _load(file, source, asked)  # another process may have been faster
+            index, _ = _load(file, source, began)  # another process may have been faster
             return index or _build(source, file, why, timeout, beat)
     except OSError as error:
         raise UserError(f"The index {file} cannot be written ({error}).") from error
+
+
+def _look(
+    data: Path, split: str, asked: list[Path]
+) -> tuple[Source, float, Path, Index | None, str]:
+    """What is there: the source, when that was seen, the index's file, and what `_load` says of it."""
+    source = find_source(data, split, asked)
+    began = time.time()
+    file = _index_file(data, split)
+    asked.append(file)
+    return source, began, file, *_load(file, source, began)
 
 
 def _index_file(data: Path, split: str) -> Path:

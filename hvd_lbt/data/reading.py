@@ -3,8 +3,13 @@
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hvd_lbt.errors import ReadError
+
+T = TypeVar("T")
 
 
 class Readers:
@@ -40,3 +45,23 @@ class Readers:
             except BaseException as error:  # it is raised where the result is asked for
                 future.set_exception(error)
             del future, function, arguments, task  # an image is not to be kept until the next one
+
+
+def bounded(look: Callable[[list[Path]], T], timeout: float) -> T:
+    """What look([]) returns; it runs in a thread, and adds each path that it is about to ask for.
+
+    Raises ReadError with the last path when no other follows it for `timeout` seconds.
+    """
+    asked: list[Path] = []
+    readers = Readers(1)
+    future = readers.submit(look, asked)
+    readers.close()
+    before = -1
+    while not wait([future], timeout).done:
+        if len(asked) == before:
+            raise ReadError(
+                f"{asked[-1]}: the storage gave nothing for {timeout:g} s (data.timeout)."
+            )
+        before = len(asked)
+    result: T = future.result()
+    return result

@@ -243,11 +243,6 @@ def open_train_split(
     data: Path, classes_file: str | Path | None = None, timeout: float = TIMEOUT
 ) -> Store:
     """The training split; its classes are the data set's."""
-    if not data.is_dir():
-        raise UserError(
-            f"--data {data}: there is no such folder. It must hold train/CLASS/FILE and "
-            "test/CLASS/FILE (or val/…), or shards; without --data the built-in digits are used."
-        )
     return Store(open_index(data, "train", timeout), named=read_classes(data, classes_file))
 
 

@@ -1,8 +1,10 @@
 """The index: built once, trusted while the data is as it was, built anew and said when it changed."""
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,6 +160,40 @@ def test_a_builder_that_died_is_replaced_and_one_that_stands_still_is_named(old,
     holder.wait()
     assert len(open_index(old, "train", timeout=30)) == 23
     holder.stdout.close()
+
+
+@pytest.mark.parametrize("stalled", ["", "/train", "/test"])
+def test_a_listing_that_gives_no_answer_is_named_in_time(stalled, old, monkeypatch):
+    list_folder, answer = os.scandir, threading.Event()
+
+    def stalls(folder):
+        if str(folder) == f"{old}{stalled}":
+            answer.wait(60)
+        return list_folder(folder)
+
+    monkeypatch.setattr(index_module.os, "scandir", stalls)
+    if not stalled:  # shards in DATA itself
+        (old / "train").rename(old / "elsewhere")
+    match = rf"^{old}{stalled}: the storage gave nothing for 0.3 s \(data.timeout\)"
+    try:
+        with pytest.raises(ReadError, match=match):
+            open_index(old, "test" if stalled == "/test" else "train", timeout=0.3)
+    finally:
+        answer.set()
+
+
+def test_a_slow_listing_that_moves_on_is_waited_for(old, monkeypatch):
+    kind = index_module.shard_kind
+    shutil.rmtree(old / "train")
+    images = [(encoded("PNG", number), number % 2) for number in range(6)]
+    write_shards("webdataset", old / "train", images, 6)
+
+    def slow(file: Path) -> str:
+        time.sleep(0.4)
+        return kind(file)
+
+    monkeypatch.setattr(index_module, "shard_kind", slow)
+    assert len(open_index(old, "train", timeout=1)) == 6
 
 
 def test_a_folder_that_gives_no_answer_is_named_in_time(old, monkeypatch):
