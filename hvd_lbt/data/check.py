@@ -3,13 +3,15 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hvd_lbt.data.formats import masked_crc, tfrecord_places
 from hvd_lbt.data.index import has_split
 from hvd_lbt.data.pipeline import evaluation_batches
-from hvd_lbt.data.store import Store, open_test_split, open_train_split
+from hvd_lbt.data.store import Encoded, Store, open_test_split, open_train_split
 from hvd_lbt.errors import SampleError
 from hvd_lbt.recipe import DataRecipe
 
@@ -47,7 +49,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check(store: Store, data: DataRecipe) -> list[SampleError]:
-    """Decode all of `store`; what cannot be is told, in the store's order."""
+    """Decode all of `store`; what cannot be is told, in the store's order.
+
+    So is a TFRecord whose checksum does not hold, though its image may still decode.
+    """
+    if store.index.kind == "tfrecord":
+        store = _Verified(store)
     bad: list[SampleError] = []
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
@@ -67,3 +74,29 @@ def check(store: Store, data: DataRecipe) -> list[SampleError]:
         ):
             bar.update(task, advance=len(batch.labels))
     return bad
+
+
+class _Verified(Store):
+    """A store of TFRecord shards that compares each record with its checksum."""
+
+    def __init__(self, store: Store):
+        vars(self).update(vars(store))
+        extents = store.index.extents
+        assert extents is not None
+        self._first = np.searchsorted(extents[:, 0], np.arange(len(store.index.files)))
+
+    def image(self, index: int) -> Encoded:
+        """As Store's; a SampleError too if the record was changed since it was written."""
+        assert self.index.extents is not None
+        shard = int(self.index.extents[index, 0])
+        try:
+            places = tfrecord_places(self.index.root / self.index.files[shard])
+            offset, length = places[index - self._first[shard]]
+            data = self._shard(shard).read(length + 4, offset)
+        except OSError as error:
+            raise self._failure(index, error) from error
+        if masked_crc(data[:length]) != int.from_bytes(data[length:], "little"):
+            raise SampleError(
+                f"{self.name(index)} is not as it was written: the record's checksum does not hold."
+            )
+        return super().image(index)

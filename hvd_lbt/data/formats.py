@@ -14,6 +14,7 @@ import tarfile
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -194,16 +195,29 @@ def scan_tfrecord(file: Path, extents: Extents) -> None:
     """Samples of a TFRecord file of tf.train.Example with ImageNet's keys, or `image` and `label`."""
     with file.open("rb") as stream:
         source = Window(stream.fileno(), file)
-        at = 0
-        while at < source.size:
-            head = source.read(at, 12)
-            if masked_crc(head[:8]) != int.from_bytes(head[8:], "little"):
-                raise UserError(f"{file} is no whole TFRecord file: no record at byte {at:,}.")
-            size = int.from_bytes(head[:8], "little")
-            if at + 16 + size > source.size:
-                raise UserError(f"{file} is cut off: the record at byte {at:,} is not whole.")
-            extents.add(*_example(source, at + 12, size))
-            at += 16 + size
+        for start, size in _records(source):
+            extents.add(*_example(source, start, size))
+
+
+@lru_cache(maxsize=16)
+def tfrecord_places(file: Path) -> list[tuple[int, int]]:
+    """(offset, length) of the data of each record, in order."""
+    with file.open("rb") as stream:
+        return list(_records(Window(stream.fileno(), file)))
+
+
+def _records(source: "Window") -> Iterator[tuple[int, int]]:
+    """(offset, length) of each record's data: 12 bytes come before it, and its checksum after it."""
+    at = 0
+    while at < source.size:
+        head = source.read(at, 12)
+        if masked_crc(head[:8]) != int.from_bytes(head[8:], "little"):
+            raise UserError(f"{source.file} is no whole TFRecord file: no record at byte {at:,}.")
+        size = int.from_bytes(head[:8], "little")
+        if at + 16 + size > source.size:
+            raise UserError(f"{source.file} is cut off: the record at byte {at:,} is not whole.")
+        yield at + 12, size
+        at += 16 + size
 
 
 def _example(source: "Window", start: int, size: int) -> tuple[int, int, int | str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_sets import Example, encoded, write_folder
 from nvidia.dali import Pipeline, fn
 from nvidia.dali import tfrecord as dali_tfrecord
@@ -15,8 +16,10 @@ from hvd_lbt.cli import main
 from hvd_lbt.data import convert as convert_module
 from hvd_lbt.data.convert import ENDINGS, convert
 from hvd_lbt.data.formats import RECORDIO_MAGIC, recordio, tfrecord
+from hvd_lbt.data.pipeline import evaluation_batches
 from hvd_lbt.data.store import open_splits, open_train_split
 from hvd_lbt.errors import UserError
+from hvd_lbt.recipe import load_recipe
 
 FORMS = tuple(ENDINGS)
 
@@ -174,3 +177,30 @@ def test_check_lists_what_is_bad(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" is no whole image: ")[0] for line in lines[:2]] == [str(f) for f in bad]
     assert lines[2] == "32 images, 2 bad"
+
+
+def test_check_finds_records_that_are_not_as_they_were_written(folder, tmp_path, capsys):
+    convert(folder, tmp_path, form="tfrecord", samples_per_shard=10)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    store = open_train_split(tmp_path)
+    for index in (3, 14):
+        shard, offset, length = map(int, store.index.extents[index])
+        # the last byte of the image's pixels: nothing but the checksum tells
+        with (store.index.root / store.index.files[shard]).open("r+b") as stream:
+            stream.seek(offset + length - 3)
+            byte = stream.read(1)[0]
+            stream.seek(-1, 1)
+            stream.write(bytes([byte ^ 1]))
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"{store.name(3)} is not as it was written: the record's checksum does not hold.",
+        f"{store.name(14)} is not as it was written: the record's checksum does not hold.",
+        "30 images, 2 bad",
+    ]
+    with_faults = load_recipe("digits", ["data.image_size=8"]).data
+    (batch,) = evaluation_batches(
+        store, with_faults, [(0, 23)], micro_batch=23, device=torch.device("cpu")
+    )
+    assert batch.images.isfinite().all()  # training does not compare them
