@@ -4,6 +4,9 @@ The same files as a folder, as WebDataset, TFRecord and RecordIO, against a bare
 its own file reader and against torch's DataLoader with PIL and as many workers as there are threads.
 All crop, resize, flip and normalise, and hand over a tensor of the program's own. First our pixels
 are compared: all formats to the bit, the evaluation images with PIL's.
+
+DALI's reader keeps every file mapped that lies in its shuffle buffer: a folder of fewer files than
+that it opens once, and then never reads. A small folder is therefore timed under many names.
 """
 
 import argparse
@@ -11,11 +14,12 @@ import io
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -28,13 +32,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvd_lbt.bench.harness import Lines, Subject, speedup, time_interleaved
 from hvd_lbt.data.convert import ENDINGS, convert
-from hvd_lbt.data.native import native_batches
+from hvd_lbt.data.native import SHUFFLED, native_batches, native_decoding
 from hvd_lbt.data.pipeline import evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import DataRecipe, load_recipe
 
 CLASSES = 1000
+NAMES = 4 * SHUFFLED  # after a pass over so many, e⁻⁴ of them still lie in the shuffle buffer
 CPU = torch.device("cpu")
 
 
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="DALI's threads, DataLoader's workers [cores]")
-    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--micro-batch", type=int, help="[the recipe's]")
     parser.add_argument("--batches", type=int, default=25, help="micro-batches timed at once [25]")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
@@ -58,7 +63,8 @@ def main(args: argparse.Namespace) -> int:
     """Compare the pixels, then time; then index many entries."""
     threads = args.threads or len(os.sched_getaffinity(0))
     recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
-    lines = Lines("input", settings=dict(vars(args), threads=threads), path=args.out)
+    args.threads, args.micro_batch = threads, args.micro_batch or recipe.layout.micro_batch
+    lines = Lines("input", settings=vars(args), path=args.out)
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data or write_photographs(Path(scratch, "folder"))
         stores = {"folder": open_train_split(data)}
@@ -69,7 +75,9 @@ def main(args: argparse.Namespace) -> int:
             stores[form] = open_train_split(Path(scratch, form))
         device = torch.device(args.device)
         _check_pixels(stores, recipe.data, args.micro_batch, device, lines)
-        _time(stores, recipe.data, args, threads, device, lines)
+        _decode_alone(stores["folder"], lines)
+        stores["folder"] = open_train_split(_under_many_names(data, Path(scratch, "names")))
+        _time(stores, recipe.data, args, device, lines)
     if args.index_entries:
         for kind in ("folder", *ENDINGS):
             with tempfile.TemporaryDirectory() as scratch:
@@ -96,6 +104,20 @@ def write_photographs(data: Path, count: int = 250) -> Path:
         pixels = Image.fromarray(image.clip(0, 255).astype(np.uint8))
         pixels.save(data / f"train/x/{number:04}.jpg", quality=90)
     return data
+
+
+def _under_many_names(data: Path, names: Path) -> Path:
+    """DATA, or where it has fewer than NAMES training images a folder that has each of them often."""
+    files = sorted((data / "train").glob("*/*"))
+    if len(files) >= NAMES:
+        return data
+    for file in files:
+        first = names / "train" / file.parent.name / file.name
+        first.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, first)
+        for number in range(1, -(-NAMES // len(files))):
+            os.link(first, first.with_name(f"{number}-{file.name}"))
+    return names
 
 
 def _batches(
@@ -148,15 +170,42 @@ def _check_pixels(
     )
 
 
+def _decode_alone(store: Store, lines: Lines) -> None:
+    """Milliseconds of a core for each image, of the decoders alone: what bounds all of the above."""
+    files = [store.read(index) for index in range(len(store))]
+    spent: dict[str, float] = {}
+
+    def pil() -> None:
+        for file in files:
+            with Image.open(io.BytesIO(file)) as image:
+                image.convert("RGB")
+
+    whole, cut = (
+        native_decoding(store.index.root, cut=cut, micro_batch=len(files)) for cut in (False, True)
+    )
+    decoders: dict[str, Callable[[], None]] = {
+        "DALI": partial(next, whole),
+        "DALI, a cut": partial(next, cut),
+        "PIL": pil,
+    }
+    for name, decode in decoders.items():
+        seconds = []
+        for _ in range(5):
+            began = time.process_time()
+            decode()
+            seconds.append((time.process_time() - began) / len(files))
+        spent[name] = 1e3 * float(np.median(seconds))
+    lines.result(case="decoding alone", cpu_ms_per_image=spent)
+
+
 def _time(
     stores: dict[str, Store],
     data: DataRecipe,
     args: argparse.Namespace,
-    threads: int,
     device: torch.device,
     lines: Lines,
 ) -> None:
-    micro_batch = args.micro_batch
+    micro_batch, threads = args.micro_batch, args.threads
     folder = stores["folder"]
     workers = DataLoader(
         PilImages(folder, data.image_size, data.mean, data.std),
@@ -173,25 +222,33 @@ def _time(
         "DataLoader, PIL": (images.to(device) for images in workers),
     }
 
-    def take(stream: Iterator[Tensor], count: int) -> None:
-        for _ in range(count):
-            next(stream)
+    cpu: dict[str, list[float]] = {name: [] for name in streams}
 
-    def settle(stream: Iterator[Tensor]) -> None:
-        take(stream, 1)
-        time.sleep(0.5)  # all that is prefetched is made, and nothing else runs
+    def take(name: str) -> None:
+        began = time.process_time()
+        for _ in range(args.batches):
+            next(streams[name])
+        cpu[name].append(time.process_time() - began)
+
+    def settle(name: str) -> None:
+        time.sleep(1.5)  # what the others make ahead is made, and nothing else runs
+        for _ in range(2 * threads + 1):  # a DataLoader has 2 batches a worker in stock
+            next(streams[name])
 
     subjects = {
-        name: Subject(run=partial(take, stream, args.batches), prepare=partial(settle, stream))
-        for name, stream in streams.items()
+        name: Subject(run=partial(take, name), prepare=partial(settle, name)) for name in streams
     }
     waits = {"synchronize": torch.cuda.synchronize} if device.type == "cuda" else {}
     times = time_interleaved(subjects, repetitions=args.repetitions, warmups=1, **waits)
     peers = ("DALI, its file reader", "DataLoader, PIL")
+    images = args.batches * micro_batch
     for name, its in times.items():
+        # the DataLoader's workers are other processes
+        spent = None if name == "DataLoader, PIL" else 1e3 * float(np.median(cpu[name])) / images
         lines.result(
             case=name,
-            images_per_second=args.batches * micro_batch / its.median,
+            images_per_second=images / its.median,
+            cpu_ms_per_image=spent,
             against={peer: speedup(its, times[peer]) for peer in peers if name not in peers},
             **its.summary(),
         )

@@ -324,7 +324,11 @@ def _build(
         prefetch_queue_depth=prefetch,
     )
     with pipeline:
-        encoded, *numbers = fn.external_source(source=source, num_outputs=1 + graph.inputs)
+        encoded, *numbers = fn.external_source(
+            source=source,
+            num_outputs=1 + graph.inputs,
+            no_copy=True,  # DALI holds the arrays as long as it needs them
+        )
         # EXIF's rotation is ignored, as by torchvision and timm.
         decoding: dict[str, Any] = {"device": "cpu", "adjust_orientation": False}
         if on_gpu:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from hvd_lbt.bench.input import reference_evaluation, write_photographs
 from hvd_lbt.data import pipeline, samples
+from hvd_lbt.data import store as store_module
 from hvd_lbt.data.pipeline import LEFT_OUT, evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import ReadError, SampleError
@@ -250,10 +251,10 @@ def test_a_bad_file_is_named_with_the_reason(name, folder, tmp_path):
 
 def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
     # root may read everything: the kernel's answer to others is put in its place
-    def forbidden(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def forbidden(file: bytes) -> bytes:
+        raise PermissionError(13, "Permission denied", file)
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr(store_module, "_read_file", forbidden)
     with pytest.raises(SampleError, match=r"img-.*JPEG cannot be read: Permission denied\."):
         evaluated(open_train_split(folder))
 
