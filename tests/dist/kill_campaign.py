@@ -1,59 +1,69 @@
-"""Kill a random rank at random moments, resume, and compare the weights with an unbroken run's.
+"""Kill a random rank of each run once, at a random moment, resume, and compare with an unbroken run.
 
     python tests/dist/kill_campaign.py FOLDER --kills 20 --runs 100
 
-A run saves after every update, so that a checkpoint is nearly always being written; every fourth
-kill waits for a half-written file and takes rank 0, which writes it. Then as many short runs, each
-of which has to end with 0: no signal 11 at the exit. Prints one JSON line.
+The runs save after every update, so that a checkpoint is nearly always being written; every fourth
+kill waits for a half-written file and takes rank 0, which writes it. What the resumed run ends with
+(weights, momentum, wire scale, counts) must have the hash of the unbroken run's. Then as many short
+runs, each of which has to end with 0: no signal 11 at the exit. Prints one JSON line.
 """
 
 import argparse
+import hashlib
 import json
 import random
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from launching import Launch, begin
+from launching import Launch, begin, run_ranks
 
 from hvd_lbt import checkpoint
 
 SETTINGS = (
-    *("model.width=4", "schedule.epochs=3", "schedule.milestones=[{epoch: 2, factor: 4}]"),
+    *("model.width=4", "schedule.epochs=2", "schedule.milestones=[{epoch: 1, factor: 4}]"),
     *("run.eval_every=1", "run.checkpoint_minutes=0.00001"),
 )
-SHORT = ("schedule.epochs=0.1", "schedule.milestones=[]")
+SHORT = ("model.width=4", "schedule.epochs=0.1", "schedule.milestones=[]")
 RANKS = 2
 
 
-def start(out: Path, *settings: str) -> Launch:
-    words = ["-m", "hvd_lbt", "train", "digits", "--out", out, "--resume"]
-    words += [word for one in (*SETTINGS, *settings) for word in ("--set", one)]
-    return begin(RANKS, *words, timeout=600)
+def train(out: Path, settings: Sequence[str] = SETTINGS) -> list[str | Path]:
+    words = [word for one in settings for word in ("--set", one)]
+    return ["-m", "hvd_lbt", "train", "digits", "--out", out, "--resume", *words]
 
 
-def weights(out: Path) -> int:
-    state = checkpoint.load_newest(out / "checkpoints")
-    assert state is not None
-    return checkpoint.weights_checksum(state["model"])
+def saved(out: Path) -> int:
+    """Updates in the newest checkpoint."""
+    files = checkpoint.checkpoint_files(out / "checkpoints")
+    return int(files[-1].stem[len("update-") :]) if files else 0
 
 
-def finish(out: Path, *settings: str) -> None:
-    ended = start(out, *settings).wait()
-    assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
+def state_hash(out: Path) -> str:
+    """SHA-256 of all tensors and numbers of the newest checkpoint."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if hasattr(value, "numpy"):
+            digest.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict | list | tuple):
+            for part in value.items() if isinstance(value, dict) else value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
+    add(checkpoint.load_newest(out / "checkpoints"))
+    return digest.hexdigest()
 
 
-def kill(launch: Launch, out: Path, chance: random.Random, *, while_writing: bool) -> bool:
-    """Kill one rank after the run has made some updates; whether the run was still going on."""
-    file = out / "metrics.jsonl"
-    size = file.stat().st_size if file.exists() else 0
-    more = chance.randrange(1, 12_000)  # bytes of the log: 1 to 30 updates, or none but the start
-    while launch.process.poll() is None and (
-        not file.exists() or file.stat().st_size < size + more
-    ):
-        time.sleep(0.01)
-    time.sleep(chance.random() * 0.3)
+def kill(launch: Launch, out: Path, after: int, chance: random.Random, while_writing: bool) -> bool:
+    """Kill one rank when `after` updates are saved; whether the run was still going on."""
+    while launch.process.poll() is None and saved(out) < after:
+        time.sleep(0.002)
+    time.sleep(chance.random() * 0.05)  # about an update
     while while_writing and launch.process.poll() is None:
         if list((out / "checkpoints").glob("*.part")):
             break
@@ -67,34 +77,41 @@ def kill(launch: Launch, out: Path, chance: random.Random, *, while_writing: boo
     return launch.wait().code == 128 + 9
 
 
-def campaign(folder: Path, *, kills: int, runs: int, seed: int) -> dict[str, int]:
-    """The counts; kills_lost are those after which a run did not end with the unbroken weights."""
+def killed_and_resumed(
+    out: Path, words: Sequence[str | Path], updates: int, chance: random.Random, while_writing: bool
+) -> int:
+    """Run `words` into `out` with one kill, resume to the end; the updates saved when it was killed."""
+    while not kill(
+        begin(RANKS, *words), out, chance.randrange(1, updates - 2), chance, while_writing
+    ):
+        shutil.rmtree(out)  # the run was over before the kill: once more
+    there = saved(out)
+    run_ranks(RANKS, *words)
+    return there
+
+
+def campaign(folder: Path, *, kills: int, runs: int, seed: int) -> dict[str, object]:
+    """The counts; equal are the killed runs that ended with the hash of the unbroken one."""
     chance = random.Random(seed)
-    finish(folder / "unbroken")
-    expected = weights(folder / "unbroken")
-    done = writing = part = lost = resumed_runs = 0
-    while done < kills:
-        out, since = folder / f"killed-{part}", done
-        part += 1
-        for _ in range(min(5, kills - done)):
-            while_writing = done % 4 == 3
-            if not kill(start(out), out, chance, while_writing=while_writing):
-                break
-            done += 1
-            writing += while_writing
-            print(f"kill {done}/{kills}: {checkpoint.checkpoint_files(out / 'checkpoints')[-1:]}")
-            sys.stdout.flush()
-        finish(out)
-        resumed_runs += 1
-        lost += (done - since) * (weights(out) != expected)
+    hashes, writing, moments = [], 0, []
+    if kills:
+        run_ranks(RANKS, *train(folder / "unbroken"))
+        expected, updates = state_hash(folder / "unbroken"), saved(folder / "unbroken")
+        print(f"unbroken: {updates} updates, {expected}", flush=True)
+    for number in range(kills):
+        out, while_writing = folder / f"killed-{number}", number % 4 == 3
+        moments.append(killed_and_resumed(out, train(out), updates, chance, while_writing))
+        hashes.append(state_hash(out))
+        writing += while_writing
+        print(f"run {number}: killed after {moments[-1]} updates, {hashes[-1]}", flush=True)
     for number in range(runs):
-        finish(folder / f"short-{number}", *SHORT)
+        run_ranks(RANKS, *train(folder / f"short-{number}", SHORT))
     return {
-        "kills": done,
+        "kills": kills,
         "kills_while_writing": writing,
-        "kills_lost": lost,
-        "resumed_runs": resumed_runs,
-        "short_runs": runs,
+        "equal": sum(one == expected for one in hashes),
+        "killed_after_updates": moments,
+        "short_runs_ended_with_0": runs,
     }
 
 
@@ -107,4 +124,4 @@ if __name__ == "__main__":
     settings = parser.parse_args()
     result = campaign(settings.folder, kills=settings.kills, runs=settings.runs, seed=settings.seed)
     print(json.dumps(result))
-    sys.exit(1 if result["kills_lost"] else 0)
+    sys.exit(0 if result["equal"] == settings.kills else 1)

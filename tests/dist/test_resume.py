@@ -1,12 +1,15 @@
 """A run goes on after any update: bit for bit on as many ranks, within rounding on others."""
 
 import json
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
-from launching import run_ranks
 import torch
+from kill_campaign import killed_and_resumed, state_hash
+from launching import run_ranks
 
 from hvd_lbt import checkpoint
 
@@ -85,6 +88,15 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(ranks, run, tmp_path, where
     for name in theirs:
         assert torch.equal(mine[name], theirs[name]), name
     assert state["reducer"] == expected["reducer"]
+
+
+@pytest.mark.parametrize("while_writing", [False, True])
+def test_a_rank_killed_at_a_random_moment_costs_no_bit(run, tmp_path, while_writing):
+    seed = time.time_ns() % 10**6
+    print(f"seed {seed}")
+    out, chance = tmp_path / "run", random.Random(seed)
+    killed_and_resumed(out, train(out), len(updates(run)), chance, while_writing)
+    assert state_hash(out) == state_hash(run)
 
 
 def test_two_then_one_then_three_ranks_train_the_same_network(ranks, tmp_path):
