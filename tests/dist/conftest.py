@@ -15,8 +15,8 @@ def start() -> Iterator[Callable[..., Launch]]:
     """`begin`, and what still runs when the test ends is killed."""
     begun: list[Launch] = []
 
-    def start(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
-        begun.append(begin(ranks, *words, timeout=timeout))
+    def start(ranks: int, *words: str | Path, **options) -> Launch:
+        begun.append(begin(ranks, *words, **options))
         return begun[-1]
 
     yield start

@@ -1,13 +1,14 @@
 """Starts this program, or a script, on real ranks under the launcher of Open MPI."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,10 @@ class Launch:
         return Ended(self.process.returncode, output)
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the launcher and all that it has started, in whatever process group."""
+        for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
@@ -49,8 +53,10 @@ def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
 
 
-def begin(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
-    """Begin `python *words` on that many ranks."""
+def begin(
+    ranks: int, *words: str | Path, timeout: float = 300, launcher: str | None = None
+) -> Launch:
+    """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in launch/."""
     environment = os.environ | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -58,7 +64,7 @@ def begin(ranks: int, *words: str | Path, timeout: float = 300) -> Launch:
         "PYTHONPATH": str(ROOT),
     }
     process = subprocess.Popen(
-        command(ranks, words),
+        [ROOT / launcher, str(ranks), *words] if launcher else command(ranks, words),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
