@@ -1,4 +1,4 @@
-"""`slurm`: the daemons of one_node.py, started once."""
+"""`slurm`: the daemons of cluster.py, started once."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from one_node import CONFIG, DAEMONS, PROGRAMS, WHERE, Slurm, die_with_parent, free_ports, until
+from cluster import CONFIG, DAEMONS, PROGRAMS, WHERE, Slurm, die_with_parent, free_ports, until
 
 
 @pytest.fixture(scope="session")
@@ -22,21 +22,14 @@ def slurm() -> Iterator[Slurm]:
     # a socket's path must be short, and munge wants a folder that only root can write
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    for name in (
-        "state",
-        "spool",
-        "tmp",
-    ):  # tmp: the plug-in's folders are named by job numbers only
+    for name in ("state", "tmp"):  # tmp: the plug-in's folders are named by job numbers only
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     config = folder / "slurm.conf"
-    (folder / "gres.conf").write_text(
-        "Name=gpu Count=8\n"
-    )  # only counted: the scripts ask for some
     host = socket.gethostname().split(".")[0]
     config.write_text(
-        CONFIG.format(host=host, folder=folder, ports=free_ports(2), first_job=os.getpid() * 100)
+        CONFIG.format(host=host, folder=folder, ports=free_ports(3), first_job=os.getpid() * 100)
     )
     kept = {
         name: value
@@ -48,7 +41,7 @@ def slurm() -> Iterator[Slurm]:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with log.open("w") as output:
         daemons = subprocess.Popen(
-            [*unshare, "bash", "-c", DAEMONS, "bash", str(folder)],
+            [*unshare, "bash", "-c", DAEMONS, "bash", str(folder), host],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -58,7 +51,7 @@ def slurm() -> Iterator[Slurm]:
         )
     try:
         cluster = Slurm(environment)
-        words = ["sinfo", "--noheader", "--partition=low", "--format=%T"]
+        words = ["sinfo", "--noheader", "--partition=both", "--format=%T"]
 
         def idle() -> bool:
             if daemons.poll() is not None:

@@ -1,11 +1,12 @@
 """Under a real Slurm: every launcher trains the same network, and no signal costs an update."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from one_node import ROOT, Slurm, until
+from cluster import ROOT, Slurm, until
 
 from hvd_lbt import checkpoint
 
@@ -21,10 +22,10 @@ def train(*settings: str) -> list[str]:
     return ["digits", *(word for one in (*SETTINGS, *settings) for word in ("--set", one))]
 
 
-def submit(slurm: Slurm, out: Path, *options: str) -> str:
+def submit(slurm: Slurm, out: Path, *options: str, settings: tuple[str, ...] = ()) -> str:
     """Submit the shipped script; the number of its job."""
     words = ["sbatch", "--parsable", f"--output={out}.log", *RANKS, *options]
-    return slurm.run(*words, slurm.script("train.sbatch"), *train(), OUT=str(out)).strip()
+    return slurm.run(*words, slurm.script("train.sbatch"), *train(*settings), OUT=str(out)).strip()
 
 
 def events(out: Path, kind: str) -> list[dict]:
@@ -82,6 +83,23 @@ def test_usr1_saves_requeues_and_ends_as_if_nothing_had_been(slurm, unbroken, tm
     assert f"{out} is finished" in Path(f"{out}.log").read_text()
 
 
+@pytest.mark.skipif(
+    "HVD_LBT_TEST_LONG" not in os.environ, reason="takes 3 min: set HVD_LBT_TEST_LONG=1"
+)
+def test_a_time_limit_costs_no_bit(slurm, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    longer = ("schedule.epochs=100",)
+    slurm.wait(submit(slurm, whole, settings=longer))
+    # Slurm looks once in 30 s, and tells up to 60 s earlier than it is asked to
+    ended = slurm.wait(submit(slurm, parts, "--time=1", "--signal=B:USR1@5", settings=longer))
+    assert ended["JobState"] == "COMPLETED", Path(f"{parts}.log").read_text()
+    assert int(ended["Restarts"]) >= 1
+    assert {end["reason"] for end in events(parts, "end")} == {"stopped", "finished"}
+    stops = [end["update"] for end in events(parts, "end")]
+    print(f"restarts {ended['Restarts']}, ends after updates {stops}")
+    assert weights(parts) == weights(whole)
+
+
 def test_a_job_of_higher_priority_preempts(slurm, unbroken, tmp_path):
     out = tmp_path / "run"
     job = submit(slurm, out, "--exclusive")  # all CPUs of the only node
@@ -123,3 +141,36 @@ def test_a_sweep_is_an_array_of_policies_and_seeds(slurm, tmp_path):
             assert (recipe["schedule"]["policy"], recipe["run"]["seed"]) == (policy, 3)
     finally:
         shutil.rmtree(runs, ignore_errors=True)
+
+
+def test_helper_jobs_lend_nodes_as_the_batch_grows_and_leave(slurm, tmp_path):
+    out = tmp_path / "run"
+    stages = (
+        *("model.width=4", "schedule.epochs=2", "run.eval_every=99", "elastic.local_batch=32"),
+        "schedule.milestones=[{epoch: 1, factor: 2}]",
+    )
+    words = ["sbatch", "--parsable", "--partition=both", f"--output={out}.log"]
+    words += [slurm.script("elastic.sbatch"), "digits"]
+    job = slurm.run(
+        *(*words, *(word for one in stages for word in ("--set", one))),
+        INTERFACE="lo",
+        OUT=str(out),
+        OMP_NUM_THREADS="1",
+        SBATCH_PARTITION="both",
+        PYTHONPATH=str(Path(__file__).with_name("patient")),
+    ).strip()
+    ended = slurm.wait(job)
+    log = Path(f"{out}.log").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), log
+    listed = slurm.run("squeue", "--noheader", "--states=all", "--name=hvd_lbt_helper", "-o%i %N")
+    ((helper, node),) = (line.split() for line in listed.splitlines())
+    assert node != ended["NodeList"]
+    assert slurm.wait(helper)["JobState"] == "COMPLETED"
+
+    plan = events(out, "run")[0]["plan"]
+    second = plan["stages"][1]["first_update"]
+    worlds = [(run["world_size"], run["resumed_at_update"]) for run in events(out, "run")]
+    assert worlds[0] == (1, 0)
+    assert worlds[1:] == [(2, second + 1)]  # the first update of the stage is done before it knows
+    assert [update["update"] for update in events(out, "update")] == list(range(plan["updates"]))
+    assert weights(out)

@@ -1,4 +1,4 @@
-"""A Slurm of its own: munged, slurmctld and slurmd of this machine, in a folder and on ports of its own.
+"""A Slurm of its own: munged, slurmctld and two slurmd on this machine, in a folder and on ports of its own.
 
 The daemons and all jobs live in a process namespace whose first process dies with this one, so
 nothing is left behind, not even when the tests are killed.
@@ -25,7 +25,6 @@ CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
@@ -38,18 +37,20 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 TmpFS={folder}/tmp
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=60
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 CoresPerSocket=4 RealMemory=1000
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1
-PartitionName=high Nodes=ALL PriorityTier=10
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 CoresPerSocket=4 RealMemory=1000
+NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 CoresPerSocket=4 RealMemory=1000
+PartitionName=low Nodes={host} Default=YES PriorityTier=1
+PartitionName=high Nodes={host} PriorityTier=10
+PartitionName=both Nodes=ALL
 """
 DAEMONS = """\
 set -e
@@ -58,14 +59,15 @@ munged --foreground --key-file="$1/munge.key" --socket="$1/munge.socket" --pid-f
   --log-file="$1/munge.log" --seed-file="$1/munge.seed" &
 while [[ ! -S munge.socket ]]; do sleep 0.1; done
 slurmctld -D &
-slurmd -D &
+slurmd -D -N "$2" &
+slurmd -D -N second &
 wait
 """
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster of one node; `environment` makes its commands reach it."""
+    """A running cluster; `environment` makes its commands reach it."""
 
     environment: dict[str, str]
 
