@@ -62,7 +62,13 @@ class Membership:
         """Wait for a place in the next world and take it; None when this worker is to leave."""
         answer = {"wait": True}
         while "wait" in answer:
-            answer = self._ask({"generation": self.generation})
+            try:
+                answer = self._ask({"generation": self.generation})
+            except OSError as error:
+                raise SystemExit(
+                    f"hvd_lbt: `hvd_lbt elastic` at {self._address} is gone ({error}). Start it again "
+                    "with --resume."
+                ) from error
             if "wait" in answer:
                 threading.Event().wait(ASK_SECONDS)
         if "leave" in answer:

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -400,26 +401,29 @@ class _Started:
     """A worker's process group here, or the remote shell that runs it elsewhere; its output goes on."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], where: str):
+        # A process of its own hands the output on: workers that outlive the driver can save and end.
+        self._output = subprocess.Popen(
+            ["sed", "--unbuffered", f"s|^|[{where}] |"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._output.stdin is not None
         self._process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=self._output.stdin,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
-        threading.Thread(target=self._hand_on, args=(where,), daemon=True).start()
-
-    def _hand_on(self, where: str) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            sys.stdout.write(f"[{where}] {line.rstrip()}\n")
-            sys.stdout.flush()
+        self._output.stdin.close()
 
     def poll(self) -> int | None:
-        return self._process.poll()
+        code = self._process.poll()
+        if code is not None:
+            with suppress(subprocess.TimeoutExpired):  # a process of the worker's may hold it
+                self._output.wait(1)
+        return code
 
     def kill(self) -> None:
         if self._process.poll() is None:

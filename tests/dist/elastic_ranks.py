@@ -3,11 +3,13 @@
 Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's last gradients, which
 samples of the stream went into them as DALI was given them; and which updates it saw committed.
 $HVD_LBT_TEST_PAUSE seconds are slept in each update; with "wished" an update waits until the world has
-the size that the run wishes for, or is about to change, however slow the machine.
+the size that the run wishes for, or is about to change, however slow the machine. $HVD_LBT_TEST_DIE:
+"evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a file has its name, once.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -22,7 +24,7 @@ nn.ReLU = lambda inplace=False: nn.Softplus()
 
 def write_down(folder: Path, pause: str) -> None:
     """Wrap what the training loop calls."""
-    from hvd_lbt import elastic, train
+    from hvd_lbt import checkpoint, elastic, train
     from hvd_lbt.data import pipeline, samples
 
     lines = (folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
@@ -92,6 +94,26 @@ def write_down(folder: Path, pause: str) -> None:
         barrier()
         note(committed=True)
 
+    def die_once(where: str) -> None:
+        if where not in os.environ.get("HVD_LBT_TEST_DIE", "") or (folder / where).exists():
+            return
+        (folder / where).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_evaluate(*args, world, allreduce, **kwargs):
+        def reduce(tensor, name):
+            if world.rank == 1:
+                die_once("evaluation")
+            return allreduce(tensor, name)
+
+        return evaluate(*args, world=world, allreduce=reduce, **kwargs)
+
+    def dying_write(*args):  # the file is written and has no name yet
+        die_once("checkpoint")
+        write(*args)
+
+    evaluate, write = train.evaluate, checkpoint._write_durably
+    train.evaluate, checkpoint._write_durably = dying_evaluate, dying_write
     samples.TrainSamples.indices = noted_indices
     train.set_hyperparameters, pipeline.train_batches = noted_update, noted_batches
     train.GradientReducer.backward = noted_backward

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_train import EXACT, ROUNDING, difference, events, train
+from launching import run_ranks
+from test_train import EXACT, ROUNDING, difference, events, last_state, train
 
 from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import load_recipe
@@ -26,7 +28,9 @@ PROGRAM = Path(__file__).with_name("elastic_ranks.py")
 class Elastic:
     """A training under `hvd_lbt elastic`, its hosts file, and the workers' own notes."""
 
-    def __init__(self, folder: Path, *settings: str, slots: int, maximum: int, pause: str):
+    def __init__(
+        self, folder: Path, *settings: str, slots: int, maximum: int, pause: str, die: str = ""
+    ):
         self.out, self.notes, self.hosts = folder / "run", folder / "notes", folder / "hosts"
         self.notes.mkdir()
         self.offer(slots)
@@ -38,7 +42,7 @@ class Elastic:
             [sys.executable, str(PROGRAM), "elastic", *options, *words],
             env=os.environ
             | {"OMP_NUM_THREADS": "1", "HVD_LBT_TEST_LOG": str(self.notes)}
-            | {"HVD_LBT_TEST_PAUSE": pause},
+            | {"HVD_LBT_TEST_PAUSE": pause, "HVD_LBT_TEST_DIE": die},
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -89,13 +93,19 @@ class Elastic:
     def said(self) -> str:
         return Path(self.output.name).read_text()[-6000:]
 
+    def workers(self) -> set[int]:
+        """The processes that have noted something and live."""
+        alive = set()
+        for pid in {line["pid"] for line in self.lines()}:
+            with suppress(ProcessLookupError, FileNotFoundError):
+                if "elastic_ranks" in Path(f"/proc/{pid}/cmdline").read_text():
+                    alive.add(pid)
+        return alive
+
     def kill_all(self) -> None:
-        for line in self.lines():
-            try:
-                if "elastic_ranks" in Path(f"/proc/{line['pid']}/cmdline").read_text():
-                    os.kill(line["pid"], signal.SIGKILL)
-            except (ProcessLookupError, FileNotFoundError):
-                continue
+        for pid in self.workers():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.process.poll() is None:
             self.process.terminate()
             self.process.terminate()
@@ -166,9 +176,15 @@ def kept(out: Path) -> list[dict]:
     return updates
 
 
-def test_workers_killed_and_added_at_random_moments(elastic, ranks, tmp_path):
-    ranks(1, *train(*EXACT, out=tmp_path / "fixed", smooth=True), timeout=300)
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory) -> Path:
+    """The run on one worker, from which nobody goes."""
+    out = tmp_path_factory.mktemp("fixed")
+    run_ranks(1, *train(*EXACT, out=out, smooth=True))
+    return out
 
+
+def test_workers_killed_and_added_at_random_moments(elastic, fixed):
     seed = int(os.environ.get("HVD_LBT_TEST_SEED", time.time_ns() % 10**6))
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -191,11 +207,30 @@ def test_workers_killed_and_added_at_random_moments(elastic, ranks, tmp_path):
 
     check_whole(run, EXACT)
     assert [line["update"] for line in kept(run.out)] == list(range(80))
-    assert difference(tmp_path / "fixed", run.out) < ROUNDING
+    assert difference(fixed, run.out) < ROUNDING
     happened = [json.loads(line) for line in (run.out / "elastic.jsonl").read_text().splitlines()]
     assert sum("lost" in event for event in happened) >= KILLS
     seconds = sorted(event["again"] for event in happened if "again" in event)
     print(f"killed ranks {killed}; seconds from loss to the next committed update: {seconds}")
+
+
+def test_losses_in_an_evaluation_and_in_a_checkpoint_then_of_the_driver(elastic, fixed, ranks):
+    run = elastic(*EXACT, slots=3, maximum=3, pause="0.15", die="evaluation checkpoint")
+    run.until(lambda: run.committed() >= 50, "past the first evaluation and its checkpoint")
+    assert {file.name for file in run.notes.iterdir()} > {"evaluation", "checkpoint"}
+    run.process.kill()
+    run.process.wait()
+    deadline = time.monotonic() + 60
+    while run.workers():
+        assert time.monotonic() < deadline, run.said()
+        time.sleep(0.05)
+    (end,) = events(run.out, "end")
+    assert end["reason"] == "stopped"
+    assert end["update"] == last_state(run.out)["update"] < 80
+    assert end["update"] > run.committed()  # nothing that was committed is lost
+    ranks(1, *train(*EXACT, out=run.out, resume=True, smooth=True))
+    assert [line["update"] for line in kept(run.out)] == list(range(80))
+    assert difference(fixed, run.out) < ROUNDING
 
 
 def test_workers_grow_and_shrink_with_the_batch(elastic, ranks, tmp_path):
