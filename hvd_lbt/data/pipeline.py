@@ -5,7 +5,6 @@ enter DALI as inputs, so the pixels of a sample are a function of (seed, epoch, 
 of the micro-batch, the number of workers, the threads, or where a run was resumed.
 """
 
-import ctypes
 import io
 import itertools
 import os
@@ -186,7 +185,8 @@ class _Maker:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    _note_failed_decoder()
+                    global decoder_failed
+                    decoder_failed = True
                     del pipeline  # its threads must not decode while its samples are tried singly
                     if not self._find_undecodable(decoding):
                         raise error
@@ -293,17 +293,6 @@ class _Maker:
                     self._leave_out(work, place, bad)
             self._fill(work)
         return found
-
-
-def _note_failed_decoder() -> None:
-    """Let the process end, when Python has, before DALI's libraries are taken down: that may hang."""
-    global decoder_failed
-    if not decoder_failed:
-        decoder_failed = True
-        libc = ctypes.CDLL(None)
-        # The last registered comes first: write out what C code has buffered, then end as asked.
-        libc.on_exit(libc._exit, None)
-        libc.__cxa_atexit(libc.fflush, None, None)
 
 
 def _png(image: np.ndarray) -> Encoded:

@@ -362,50 +362,6 @@ def test_what_dali_refuses_is_found_and_the_process_ends(tmp_path):
     assert lines[1] == "31 images, 1 bad"
 
 
-# The same without the program around it: Python ends as it does for anyone's script.
-A_SCRIPT = """
-import atexit, sys
-from pathlib import Path
-import torch
-from hvd_lbt.data import store
-from hvd_lbt.data.pipeline import evaluation_batches
-from hvd_lbt.recipe import load_recipe
-check = store.examine
-store.examine = lambda data: ("", 48, 48) if b"nonsense" in data else check(data)
-data = load_recipe("digits", ["data.on_bad_sample=skip"]).data
-images = store.open_train_split(Path(sys.argv[1]))
-made = evaluation_batches(
-    images,
-    data,
-    [(0, 16), (16, 7)],
-    micro_batch=16,
-    device=torch.device("cpu"),
-    left_out=lambda error: print(error),
-)
-print(sum(len(batch.labels) for batch in made))
-atexit.register(print, "Python ended")
-sys.exit(7)
-"""
-
-
-def test_a_script_ends_with_its_code_and_output_after_an_image_that_dali_refused(tmp_path):
-    data = write_folder(tmp_path, classes=2)
-    bad = data / "train/class 1/img-5.png"
-    bad.write_bytes(undecodable())
-    done = subprocess.run(
-        [sys.executable, "-c", A_SCRIPT, str(data)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 7, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{bad} cannot be decoded as an image (")
-    assert lines[1:] == ["23", "Python ended"]
-
-
 # ---------------------------------------------------------------------------- storage that fails
 
 
