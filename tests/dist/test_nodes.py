@@ -46,6 +46,9 @@ def test_horovodrun_reaches_another_node_by_ssh(tmp_path):
     for name in ("key", "host_key"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name]
         subprocess.run(words, check=True)
+    # horovodrun remembers for an hour that a host was reached, and then does not make it known
+    host_key = (tmp_path / "host_key.pub").read_text()
+    (tmp_path / "known_hosts").write_text(f"[node2]:2222 {host_key}")
 
     out = tmp_path / "run"
     short = (*SMALL, "schedule.epochs=0.5", "schedule.milestones=[]")
