@@ -13,7 +13,6 @@ import argparse
 import io
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvd_lbt.bench.harness import Lines, Subject, speedup, time_interleaved
 from hvd_lbt.data.convert import ENDINGS, convert
+from hvd_lbt.data.index import TICK
 from hvd_lbt.data.native import SHUFFLED, native_batches, native_decoding
 from hvd_lbt.data.pipeline import evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_train_split
@@ -83,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 data = Path(scratch)
                 entries = _many_entries(data, kind, args.index_entries)
+                time.sleep(TICK)  # so soon after a change an index is not trusted a second time
                 first, second = (_index_cost(data) for _ in range(2))
                 lines.result(case=f"index, {kind}", entries=entries, built=first, loaded=second)
     return 0
@@ -340,14 +341,15 @@ def _index_cost(data: Path) -> dict[str, float]:
 
 def open_and_tell(data: str) -> None:
     """Print seconds, MB held and MB at the most (Linux) that opening the training split takes."""
-    before, began = _resident_mb(), time.perf_counter()
+    before, began = _memory_mb("VmRSS"), time.perf_counter()
     store = open_train_split(Path(data))
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert len(store)
-    print(seconds, _resident_mb() - before, peak - before)
+    print(seconds, _memory_mb("VmRSS") - before, _memory_mb("VmHWM") - before)
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _memory_mb(name: str) -> float:
+    """VmRSS: now; VmHWM: at the most, of this program alone (getrusage also knows its parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return int(kilobytes) / 1024
