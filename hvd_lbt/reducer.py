@@ -307,13 +307,14 @@ class GradientReducer:
 
     def _send_again(self) -> str:
         """Sum the gradients themselves, in fp32, and lower the scale to what would have fitted."""
-        flats = [torch.zeros_like(b.wire, dtype=torch.float32) for b in self._buckets]
-        for bucket, flat in zip(self._buckets, flats, strict=True):
+        flats = []
+        for bucket in self._buckets:
+            flats.append(torch.zeros_like(bucket.wire, dtype=torch.float32))
             for slot in bucket.slots:
-                place = _view(flat, slot)
+                place = _view(flats[-1], slot)
                 if slot.gradient is not None:
                     place.copy_(slot.gradient)
-                slot.gradient = place
+                slot.gradient, slot.parameter.grad = place, None  # not two copies of all
         own = torch.stack([flat.abs().max() for flat in flats]).max()
         largest_by_rank = torch.zeros(self.world.size, device=self._device)
         largest_by_rank[self.world.rank] = own
@@ -378,8 +379,8 @@ class GradientReducer:
         if given.grad_scale is not None:
             sums = {p: torch.empty_like(wire, dtype=torch.float32) for p, wire in sums.items()}
             ops.unpack_wire_(list(sums.values()), wires, given.grad_scale)
-        for parameter, gradient in sums.items():
-            parameter.grad = gradient.to(parameter.dtype)
+        for slot in self._slots:  # both: if the step fails, the next backward drops it
+            slot.gradient = slot.parameter.grad = sums[slot.parameter].to(slot.parameter.dtype)
 
     def _release(self) -> None:
         """Let go of the gradients, and leave `.grad` as zero_grad() does."""

@@ -58,6 +58,7 @@ class _Work:
     reads: list[_Read]
     samples: list[Encoded]
     left_out: set[int]  # places within the micro-batch
+    inputs: tuple = ()  # DALI reads these arrays where they lie
 
 
 def train_batches(
@@ -175,7 +176,8 @@ class _Maker:
                 work = reading.popleft()
                 self._finish(work)
             decoding.append(work)
-            return self._inputs(work, range(len(work.samples)))
+            work.inputs = self._inputs(work, range(len(work.samples)))
+            return work.inputs
 
         pipeline = self._pipeline(source)
         try:
@@ -327,7 +329,7 @@ def _build(
         encoded, *numbers = fn.external_source(
             source=source,
             num_outputs=1 + graph.inputs,
-            no_copy=True,  # DALI holds the arrays as long as it needs them
+            no_copy=True,  # what `source` returns stays until its images are there
         )
         # EXIF's rotation is ignored, as by torchvision and timm.
         decoding: dict[str, Any] = {"device": "cpu", "adjust_orientation": False}

@@ -73,6 +73,17 @@ def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(start, tmp_path, lau
     assert newest(tmp_path) == int(stopped[1])
 
 
+def test_a_launcher_that_is_told_to_end_before_it_has_begun_ends(start, tmp_path):
+    launch = start(2, *train_long(tmp_path), launcher="launch/local")
+    command = Path(f"/proc/{launch.process.pid}/cmdline")
+    while b"hand_on.py" not in command.read_bytes():
+        assert launch.process.poll() is None
+    time.sleep(0.2)  # horovodrun takes longer to start mpirun, and the ranks much longer
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait().code in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_second_signal_ends_at_once(start, tmp_path):
     launch = start(1, *train("hang", tmp_path))
     assert any(line == "failing\n" for line in launch.process.stdout)

@@ -106,6 +106,24 @@ def test_a_gradient_is_neither_copied_nor_kept():
     assert all(slot.gradient is None for slot in reducer._slots)
 
 
+def test_a_step_that_failed_leaves_nothing_behind(monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    model = nn.Linear(4, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    reducer = reducer_of(model, optimizer, "fp32")
+    with monkeypatch.context() as failing:
+        failing.setattr(optimizer, "_init_group", fail)
+        reducer.backward(model(torch.ones(1, 4)).sum())
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    reducer.backward(model(torch.ones(1, 4)).sum())
+    optimizer.step()
+    assert torch.equal(model.weight, before - 1)
+
+
 def test_a_sparse_gradient_is_named():
     model = nn.Embedding(10, 4, sparse=True)
     reducer = reducer_of(model, FusedSGD(model.parameters(), lr=0.1), "fp16")
