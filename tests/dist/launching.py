@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,19 @@ class Launch:
             output, _ = self.process.communicate()
             pytest.fail(f"the ranks hang after {self.timeout} s:\n{output[-4000:]}")
         return Ended(self.process.returncode, output)
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for it while the ranks run; fail when they end, or 100 seconds pass, before."""
+        deadline = time.monotonic() + 100
+        while not happened():
+            assert self.process.poll() is None, self.wait().output[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def until_logged(self, out: Path, text: str) -> None:
+        """Wait until the metrics of the run in `out` have this text."""
+        metrics = out / "metrics.jsonl"
+        self.until(lambda: metrics.exists() and text in metrics.read_text())
 
     def kill(self) -> None:
         """Kill the launcher and all that it has started, in whatever process group."""

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Launch
 
 from hvd_lbt import checkpoint, stop
 
@@ -44,15 +43,6 @@ def train_long(out: Path, *settings: str) -> list[str]:
     return words + [word for setting in settings for word in ("--set", setting)]
 
 
-def until_it_trains(launch: Launch, out: Path) -> None:
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (metrics.exists() and '"event": "update"' in metrics.read_text()):
-        assert launch.process.poll() is None, launch.wait().output[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def newest(out: Path) -> int:
     return checkpoint.load_newest(out / "checkpoints")["update"]
 
@@ -62,7 +52,7 @@ def newest(out: Path) -> int:
 )
 def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(start, tmp_path, launcher, number):
     launch = start(2, *train_long(tmp_path), launcher=launcher)
-    until_it_trains(launch, tmp_path)
+    launch.until_logged(tmp_path, '"event": "update"')
     if number == signal.SIGINT:
         os.killpg(launch.process.pid, number)  # as Ctrl-C in a terminal
     else:
@@ -113,11 +103,7 @@ def test_a_disk_that_fills_up_ends_all_ranks_and_the_checkpoint_before_is_good(s
         before = newest(out)
         subprocess.run(["mount", "-o", "remount,size=16m", out], check=True)
         launch = start(2, "-m", "hvd_lbt", *train_long(out, *settings), "--resume")
-        until = time.monotonic() + 100
-        while newest(out) == before:
-            assert launch.process.poll() is None, launch.wait().output[-4000:]
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        launch.until(lambda: newest(out) != before)
         launch.kill()
         assert f"going on after {before} updates" in launch.wait().output
     finally:

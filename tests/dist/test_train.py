@@ -90,12 +90,7 @@ def test_stopped_by_a_signal_and_resumed_on_another_number_of_ranks(start, ranks
     ranks(2, *train(*EXACT, out=whole, smooth=True))
 
     launch = start(2, *train(*EXACT, out=parts, smooth=True))
-    metrics = parts / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (metrics.exists() and '"update", "update": 9,' in metrics.read_text()):
-        assert launch.process.poll() is None, launch.wait().output[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    launch.until_logged(parts, '"update", "update": 9,')
     launch.process.send_signal(signal.SIGUSR1)  # mpirun hands it on to the ranks
     ended = launch.wait()
     assert ended.code == 75, ended.output[-4000:]
