@@ -1,0 +1,72 @@
+"""Draw the picture of the README from docs/studies/fewer_updates.json: `python docs/front_picture.py`.
+
+Writes docs/images/accuracy_over_updates_{light,dark}.svg: test accuracy against updates for the four
+schedules of the study, mean and range over its seeds. The same JSON gives the same bytes.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent
+STUDY = DOCS / "studies" / "fewer_updates.json"
+THEMES = {
+    "light": {
+        "ink": "#1f2328",
+        "grid": "#d8dee4",
+        "lines": ["#6e7781", "#0969da", "#1a7f37", "#bc4c00"],
+    },
+    "dark": {
+        "ink": "#e6edf3",
+        "grid": "#30363d",
+        "lines": ["#9198a1", "#58a6ff", "#3fb950", "#f0883e"],
+    },
+}
+
+
+def draw(arms: list[dict[str, Any]], theme: dict[str, Any]) -> Figure:
+    """One line per schedule, labelled at its end with its updates and final accuracy."""
+    ink = theme["ink"]
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="none")
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    for arm, colour in zip(arms, theme["lines"], strict=True):
+        curve, final = arm["accuracy"], statistics.mean(arm["finals"])
+        label = f"{arm['label']}: {arm['updates']:,} updates, {final:.2f} %"
+        axes.plot(curve["updates"], curve["mean"], color=colour, linewidth=2.2, label=label)
+        axes.plot(curve["updates"][-1:], curve["mean"][-1:], "o", color=colour, markersize=7)
+        axes.fill_between(
+            curve["updates"], curve["low"], curve["high"], color=colour, alpha=0.18, linewidth=0
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(80, 99)
+    axes.set_xlabel("updates (optimizer steps)", color=ink)
+    axes.set_ylabel("test accuracy, %", color=ink)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.tick_params(colors=ink)
+    axes.grid(color=theme["grid"], linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(theme["grid"])
+    axes.legend(loc="lower right", frameon=False, labelcolor=ink)
+    return figure
+
+
+def main() -> None:
+    """Write one SVG per theme."""
+    arms = json.loads(STUDY.read_text("utf-8"))["arms"]
+    settings = {"font.size": 12, "svg.hashsalt": "hvd_lbt", "svg.fonttype": "path"}
+    with matplotlib.rc_context(settings):
+        for name, theme in THEMES.items():
+            file = DOCS / "images" / f"accuracy_over_updates_{name}.svg"
+            draw(arms, theme).savefig(file, metadata={"Date": None})
+            print(file)
+
+
+if __name__ == "__main__":
+    main()
