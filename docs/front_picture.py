@@ -1,7 +1,9 @@
-"""Draw the picture of the README from docs/studies/fewer_updates.json: `python docs/front_picture.py`.
+"""Draw the README's picture from docs/studies/fewer_updates.json.
 
-Writes docs/images/accuracy_over_updates_{light,dark}.svg: test accuracy against updates for the four
-schedules of the study, mean and range over its seeds. The same JSON gives the same bytes.
+`python docs/front_picture.py`
+
+Writes docs/images/accuracy_over_updates_{light,dark}.svg: test accuracy against updates for the
+four schedules of the study, mean and range over its seeds. The same JSON gives the same bytes.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""What a training can tell about itself: the noise of its gradients, the evidence for its minimum."""
+"""What a training measures about itself: gradient noise, evidence for its minimum."""

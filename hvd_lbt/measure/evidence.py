@@ -179,7 +179,7 @@ def estimate_occam(
 
 
 def _lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The tridiagonal matrix of A on the Krylov space of `start`: diagonal (k,), beside it (k − 1,).
+    """The tridiagonal matrix of A on the Krylov space of `start`: diagonal (k,), next (k − 1,).
 
     k < steps where the space is exhausted. Every vector is made orthogonal to all before it, twice:
     rounding would otherwise bring back directions that were found already.

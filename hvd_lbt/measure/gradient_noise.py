@@ -1,9 +1,9 @@
-"""How noisy the gradient is, measured while training: the simple noise scale tr(Σ) / |G|², in samples.
+"""The simple noise scale tr(Σ) / |G|² of the gradient, in samples, measured while training.
 
 Source: S. McCandlish, J. Kaplan, D. Amodei, "An Empirical Model of Large-Batch Training", 2018
-(arXiv:1812.06162), section 2.2 and appendix A.1. Σ is the covariance of one sample's gradient, G the
-mean gradient. A global batch far below tr(Σ) / |G|² is nearly all noise, one far above nearly all
-gradient. What this has to do with the planned noise scale g is told in docs/gradient_noise.md.
+(arXiv:1812.06162), section 2.2 and appendix A.1. Σ is the covariance of one sample's gradient, G
+the mean gradient. A global batch far below tr(Σ) / |G|² is nearly all noise, one far above nearly
+all gradient. What this has to do with the planned noise scale g is told in docs/gradient_noise.md.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class GradientNoise:
 
     whatever the b_k; so B·(S − |g|²)/(K − 1) and |g|² minus a B-th of that are unbiased. With
     equal parts they are the paper's. Both are averaged apart, over some 10 measurements: the ratio
-    of the averages is what is told. One part alone (K = 1) tells nothing: the averages are forgotten
-    until there are more. An update that was skipped or sent again in fp32 is not counted.
+    of the averages is what is told. One part alone (K = 1) tells nothing: the averages are
+    forgotten until there are more. An update that was skipped or sent again in fp32 is not counted.
 
     model: whose parameters' gradients count. Everything stays on the device, and is the same on all
     ranks.
@@ -50,7 +50,8 @@ class GradientNoise:
         """Begin the update of this index; decides whether it is measured."""
         self._global_batch = global_batch
         if self.every and update % self.every == 0:
-            # On the parameter itself: the hook sees this backward's gradient before it is accumulated.
+            # On the parameter itself: the hook sees this backward's gradient before it is
+            # accumulated.
             self._sums.zero_()
             self._hooks = [parameter.register_hook(self._note) for parameter in self._parameters]
 
@@ -59,7 +60,7 @@ class GradientNoise:
 
     @torch.no_grad()
     def add_part(self, samples: int) -> None:
-        """Count the micro-batch whose backward just ran; its loss was divided by the global batch."""
+        """Count the micro-batch whose backward just ran (its loss divided by the global batch)."""
         if self._hooks:
             # b/B · |g_k|² with the mean gradient g_k = B/b · (what backward made)
             share = torch.stack(self._norms).square().sum() * (self._global_batch / samples)
@@ -67,15 +68,15 @@ class GradientNoise:
             self._norms.clear()
 
     def send(self, allreduce_async: Callable[[Tensor, str], Any]) -> list[Any]:
-        """Begin to sum what the ranks counted; the handles to wait for, none if nothing is measured."""
+        """Begin to sum what the ranks counted; handles to wait for, none if nothing is measured."""
         return [allreduce_async(self._sums, "gradient noise")] if self._hooks else []
 
     @torch.no_grad()
     def end(self, squared_norm: Callable[[], Tensor | None]) -> None:
         """Take the world's sums and |g|² into the averages.
 
-        squared_norm: gives |g|² of the summed gradient, or None if there is none; only asked if this
-        update is measured.
+        squared_norm: gives |g|² of the summed gradient, or None if there is none; only asked if
+        this update is measured.
         """
         if not self._hooks:
             return
@@ -94,7 +95,7 @@ class GradientNoise:
 
     @property
     def averages(self) -> Tensor:
-        """(2,) on the device: tr(Σ) in squared gradient a sample, and |G|²; NaN before the first."""
+        """fp32 (2,) on the device: tr(Σ) per sample, and |G|²; NaN before the first measurement."""
         return self._averages[:2] / self._averages[2]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -107,5 +108,5 @@ class GradientNoise:
 
 
 def simple_noise_scale(variance: float, squared: float) -> float | None:
-    """tr(Σ) / |G|² in samples; None before the first measurement, or while |G|² drowns in its error."""
+    """tr(Σ) / |G|² in samples; None before the first measurement, or while |G|² is noise."""
     return variance / squared if variance > 0 and squared > 0 else None

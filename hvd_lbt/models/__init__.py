@@ -46,6 +46,6 @@ def build_model(settings: ModelRecipe, classes: int, ghost_batch: int) -> nn.Mod
     raise UserError(
         f"model.name: {settings.name!r} cannot be built. Allowed: "
         + ", ".join(f"resnet{depth}" for depth in DEPTHS)
-        + ", inception_resnet_v2, perceptron, wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
-        "wide_resnet16_4."
+        + ", inception_resnet_v2, perceptron, wide_resnet<depth>_<k> with depth = 6·blocks + 4, "
+        "such as wide_resnet16_4."
     )

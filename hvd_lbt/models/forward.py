@@ -1,4 +1,4 @@
-"""Forward and loss of one micro-batch, as the recipe says: precision, memory format, compiled or not."""
+"""Forward and loss of one micro-batch: precision, memory format, compiled or not."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_forward(model: nn.Module, run: RunRecipe) -> Forward:
-    """images, labels → the sum of their losses, and (3,): it, right answers, samples not left out."""
+    """images, labels → sum of their losses, and (3,): it, correct answers, samples counted."""
     device = next(model.parameters()).device
     memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
 

@@ -1,4 +1,4 @@
-"""Ghost batch norm: statistics over consecutive groups of `ghost_batch` samples of the global order.
+"""Ghost batch norm: statistics over consecutive groups of `ghost_batch` samples.
 
 Because the layout cuts a global batch only at multiples of `ghost_batch`, a network with this norm
 gives the same update on any number of workers, and the noise of batch norm stays what it was while

@@ -76,7 +76,7 @@ class Residual(Branches):
 def _chain(
     inputs: int, widths: tuple[int, ...], kernels: tuple[Size, ...], norm: Norm, stride: int = 1
 ) -> nn.Module:
-    """Convolutions in a row; a stride sits in the last, which then has no padding. One is not wrapped."""
+    """Convolutions in a row, one is not wrapped; a stride is the last's, without padding then."""
     ends = [1] * (len(widths) - 1) + [stride]
     layers = []
     for width, kernel, step in zip(widths, kernels, ends, strict=False):

@@ -1,4 +1,4 @@
-"""One hidden layer and no norm, the network of Smith & Le 2018 (arXiv:1710.06451), for small images."""
+"""One hidden layer and no norm: the network of Smith & Le 2018 (arXiv:1710.06451)."""
 
 from torch import Tensor, nn
 

@@ -124,7 +124,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]  # Goyal et al. 2017, section 5.1
+                # Goyal et al. 2017, section 5.1
+                nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
 from hvd_lbt.metrics import revision, versions
 from hvd_lbt.report import COLOURS, FONTS
+from hvd_lbt.studies.trainings import made_with
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +44,7 @@ SETTINGS = {
 
 
 def study(out: Path) -> str:
-    """Measure (unless OUT has the numbers of these settings), draw, write; the finding in a sentence.
+    """Measure, unless OUT has the numbers of these settings; draw, write, sum up in a sentence.
 
     Writes OUT/bayesian_evidence.json, .png and .md.
     """
@@ -58,7 +59,7 @@ def study(out: Path) -> str:
 
 
 def measure() -> dict[str, Any]:
-    """Sweep every pair of digits: the drawn pair's curves, and what each other pair's come down to."""
+    """Sweep every pair of digits: the drawn pair's curves, a summary of every other pair."""
     from sklearn.datasets import load_digits  # slow to import, needed once
 
     digits = load_digits()
@@ -80,10 +81,10 @@ def measure() -> dict[str, Any]:
 def sweep(
     images: Floats, classes: NDArray[np.int64], pair: Sequence[int], seed: int, labels: str
 ) -> dict[str, list[float]]:
-    """The curves over LAMBDAS of one split: accuracies, mean cross-entropies, −ln of the evidence ratio.
+    """Curves over LAMBDAS of one split: accuracy, mean cross-entropy, −ln of the evidence ratio.
 
-    images: (n, features) in 0..1. Half of the training images are of each class; all others are test
-    images. labels: true, or shuffled within the training and within the test images.
+    images: (n, features) in 0..1. Half of the training images are of each class; all others are
+    test images. labels: true, or shuffled within the training and within the test images.
     """
     generator = np.random.default_rng([seed, *pair])
     found = [generator.permutation(np.flatnonzero(classes == digit)) for digit in pair]
@@ -120,8 +121,8 @@ def summary(curves: dict[str, list[float]]) -> dict[str, float]:
     """What one split comes down to.
 
     best_ratio: the lowest −ln of the evidence ratio, below 0 where the model beats the null model.
-    chosen_loss: test loss at the λ of that; best_loss: the lowest test loss of any λ; apart: decades
-    between the two λ; weakest_loss: test loss at the smallest λ.
+    chosen_loss: test loss at the λ of that; best_loss: the lowest test loss of any λ; apart:
+    decades between the two λ; weakest_loss: test loss at the smallest λ.
     """
     loss = np.array(curves["test_loss"])
     chosen, best = int(np.argmin(curves["evidence_ratio"])), int(loss.argmin())
@@ -137,8 +138,8 @@ def summary(curves: dict[str, list[float]]) -> dict[str, float]:
 def finding(found: dict[str, Any]) -> str:
     """Whether the claim held for the drawn pair, and what the other pairs say, with the numbers.
 
-    It held if the evidence's λ costs, on average, less than a tenth of what the smallest λ costs, and
-    if shuffled labels win less than a tenth of what true labels win over the null model.
+    It held if the evidence's λ costs, on average, less than a tenth of what the smallest λ costs,
+    and if shuffled labels win less than a tenth of what true labels win over the null model.
     """
     own = found["pairs"][_name(DRAWN)]
     true, shuffled = _columns(own["true"]), _columns(own["shuffled"])
@@ -157,15 +158,17 @@ def finding(found: dict[str, Any]) -> str:
     lost = every["chosen_loss"] - every["best_loss"]
     return (
         f"{verdict} for {_name(DRAWN)}: with true labels the λ of the greatest evidence has a test "
-        f"cross-entropy {excess.mean():.4f} nats above that of the best λ (at the most {excess.max():.4f} "
-        f"in {len(excess)} splits; the smallest λ: {weakest.mean():.3f}), and beats the null model by "
-        f"{-true['best_ratio'].mean():.1f} nats. With shuffled labels no λ beats the null model by more "
-        f"than {_won(shuffled):.2f} nats, though the smallest learns {100 * memorised:.0f} % of them by heart. "
-        f"Over all {len(found['pairs'])} pairs of digits true labels beat the null model by "
-        f"{-every['best_ratio'].max():.0f} to {-every['best_ratio'].min():.0f} nats, shuffled ones by at the "
-        f"most {_won(_all_pairs(found, 'shuffled')):.1f}; the evidence's λ costs {np.median(lost):.4f} nats "
-        f"(median; at the most {lost.max():.3f}), but lies {np.median(every['apart']):.1f} decades (median) "
-        "above the test set's: where the digits are easy to tell apart it stops too early."
+        f"cross-entropy {excess.mean():.4f} nats above that of the best λ (at the most "
+        f"{excess.max():.4f} in {len(excess)} splits; the smallest λ: {weakest.mean():.3f}), and "
+        f"beats the null model by {-true['best_ratio'].mean():.1f} nats. With shuffled labels no λ "
+        f"beats the null model by more than {_won(shuffled):.2f} nats, though the smallest learns "
+        f"{100 * memorised:.0f} % of them by heart. Over all {len(found['pairs'])} pairs of digits "
+        f"true labels beat the null model by {-every['best_ratio'].max():.0f} to "
+        f"{-every['best_ratio'].min():.0f} nats, shuffled ones by at the most "
+        f"{_won(_all_pairs(found, 'shuffled')):.1f}; the evidence's λ costs {np.median(lost):.4f} "
+        f"nats (median; at the most {lost.max():.3f}), but lies {np.median(every['apart']):.1f} "
+        "decades (median) above the test set's: where the digits are easy to tell apart it stops "
+        "too early."
     )
 
 
@@ -175,7 +178,7 @@ def _won(columns: dict[str, Floats]) -> float:
 
 
 def draw(drawn: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
-    """Accuracy, cross-entropy and evidence over λ: shuffled labels on the left, true ones on the right."""
+    """Accuracy, cross-entropy and evidence over λ; left: shuffled labels, right: true ones."""
     rows: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("accuracy, %", ("train_accuracy", "test_accuracy")),
         ("mean cross-entropy, nats", ("train_loss", "test_loss")),
@@ -205,7 +208,8 @@ def draw(drawn: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
             panels[2, column].axhline(0, color="#000000", linewidth=0.8)
             panels[2, column].set_xlabel("regulariser λ")
         panels[0, 0].set_xscale("log")
-        # Weakly regularised, shuffled labels cost 15 nats: the axis ends where the null model is told.
+        # Weakly regularised, shuffled labels cost 15 nats: the axis ends where the null model is
+        # told.
         panels[1, 0].set_ylim(0, 1.6)
         panels[1, 0].annotate(
             "null model, ln 2", (LAMBDAS[-1], np.log(2)), (0, 4), textcoords="offset points"
@@ -215,8 +219,8 @@ def draw(drawn: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
             axes.legend(loc="best", frameon=False)
         count = len(drawn["true"])
         figure.suptitle(
-            f"Digits {DRAWN[0]} and {DRAWN[1]}, {TRAIN_SAMPLES} training images, 65 weights: mean and range "
-            f"of {count} splits"
+            f"Digits {DRAWN[0]} and {DRAWN[1]}, {TRAIN_SAMPLES} training images, 65 weights: mean "
+            f"and range of {count} splits"
         )
         figure.savefig(path, dpi=110)
 
@@ -236,24 +240,29 @@ def report(found: dict[str, Any]) -> str:
         found["pairs"], key=lambda pair: _columns(found["pairs"][pair]["true"])["best_loss"].mean()
     )
     how = (
-        f"Logistic regression on 8×8 digits, {TRAIN_SAMPLES} training images, 64 weights and a bias, cost "
-        "C = Σ cross-entropy + ½ λ |w|². Each minimum is found by Newton steps, until C is within 1e-9 nats; "
-        "the evidence is −ln P = C(w₀) + ½ Σ ln(λᵢ/λ) from the exact Hessian, against N ln 2 of the null "
-        "model. Shuffled labels are shuffled among the training and among the test images, so both classes "
-        f"stay equally frequent. {DRAWN_SPLITS} splits of {_name(DRAWN)}, {OTHER_SPLITS} of every other pair; "
-        "numbers are median (lowest to highest) over the splits, in nats."
+        f"Logistic regression on 8×8 digits, {TRAIN_SAMPLES} training images, 64 weights and a "
+        "bias, cost C = Σ cross-entropy + ½ λ |w|². Each minimum is found by Newton steps, until "
+        "C is within 1e-9 nats; the evidence is −ln P = C(w₀) + ½ Σ ln(λᵢ/λ) from the exact "
+        "Hessian, against N ln 2 of the null model. Shuffled labels are shuffled among the "
+        "training and among the test images, so both classes stay equally frequent. "
+        f"{DRAWN_SPLITS} splits of {_name(DRAWN)}, {OTHER_SPLITS} of every other pair; numbers are "
+        "median (lowest to highest) over the splits, in nats."
     )
     unlike = (
-        "Where it is not like the paper: there the digits are 0 and 1 of MNIST. At 8×8 pixels those two are so "
-        f"far apart that the test loss falls down to the smallest λ. {_name(DRAWN)} are drawn instead (the "
-        f"pair with the highest test loss: {hardest}). Where test loss has no minimum within the sweep the "
-        "evidence's λ is not the best one: the table's last column."
+        "Where it is not like the paper: there the digits are 0 and 1 of MNIST. At 8×8 pixels "
+        "those two are so far apart that the test loss falls down to the smallest λ. "
+        f"{_name(DRAWN)} are drawn instead (the pair with the highest test loss: {hardest}). Where "
+        "test loss has no minimum within the sweep the evidence's λ is not the best one: the "
+        "table's last column."
     )
     return "\n".join(
         [
             "# The evidence and the regulariser",
             "",
-            "`hvd_lbt study bayesian_evidence`, after Smith & Le 2018 (arXiv:1710.06451), section 3, figures 1 and 2.",
+            (
+                "`hvd_lbt study bayesian_evidence`, after Smith & Le 2018 (arXiv:1710.06451), "
+                "section 3, figures 1 and 2."
+            ),
             "",
             finding(found),
             "",
@@ -261,14 +270,17 @@ def report(found: dict[str, Any]) -> str:
             "",
             how,
             "",
-            "| labels | digits | lowest −ln evidence ratio | lowest test loss | at the λ of the greatest evidence | at the smallest λ | decades from the best λ to the evidence's |",
+            (
+                "| labels | digits | lowest −ln evidence ratio | lowest test loss | at the λ of "
+                "the greatest evidence | at the smallest λ | decades from the best λ to the "
+                "evidence's |"
+            ),
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
             unlike,
             "",
-            f"Made with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"
-            + (f", revision {found['revision']}." if found["revision"] else "."),
+            made_with(found),
             "",
         ]
     )

@@ -24,7 +24,7 @@ def draw_curves(
         ("accuracy", "updates"),
     ),
 ) -> Figure:
-    """A row for each panel, a column for each (quantity, against what); mean and range of the seeds."""
+    """One row per panel, one column per (quantity, x-axis); mean and range of the seeds."""
     panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))
     with matplotlib.rc_context(FONTS):
         figure = Figure(figsize=(3.9 * len(columns), 3.3 * len(panels) + 0.8), layout="constrained")

@@ -1,8 +1,9 @@
 """The claims of the papers that are sets of trainings: what is trained, and when a claim held.
 
-Smith et al. 2018: "Don't Decay the Learning Rate, Increase the Batch Size", ICLR (arXiv 1711.00489).
-Smith & Le 2018: "A Bayesian Perspective on Generalization and Stochastic Gradient Descent", ICLR
-(arXiv 1710.06451). Goyal et al. 2017: "Accurate, Large Minibatch SGD" (arXiv 1706.02677).
+Smith et al. 2018: "Don't Decay the Learning Rate, Increase the Batch Size", ICLR (arXiv
+1711.00489). Smith & Le 2018: "A Bayesian Perspective on Generalization and Stochastic Gradient
+Descent", ICLR (arXiv 1710.06451). Goyal et al. 2017: "Accurate, Large Minibatch SGD" (arXiv
+1706.02677).
 """
 
 import math
@@ -29,7 +30,7 @@ def mean(arm: Found) -> float:
 
 
 def difference(arm: Found, other: Found) -> tuple[float, float]:
-    """Mean final test accuracy of `arm` minus that of `other`, and its standard error, in points."""
+    """Mean final test accuracy of `arm` minus that of `other`; its standard error; in points."""
     finals = [one["finals"] for one in (arm, other)]
     if min(map(len, finals)) < 2:
         return mean(arm) - mean(other), math.nan
@@ -77,7 +78,7 @@ def _three_schedules(
 
 
 def judge_three_schedules(found: Found) -> Verdict:
-    """Same accuracy and loss at the end and on the way, with fewer updates the more the batch pays."""
+    """Same accuracy and loss, at the end and before; fewer updates the more the batch grows."""
     held, parts = True, []
     for optimizer in OPTIMIZERS:
         decay, hybrid, grow = (find(found, f"{optimizer}_{policy}") for policy in POLICIES)
@@ -89,9 +90,10 @@ def judge_three_schedules(found: Found) -> Verdict:
         held &= 1 / 1.5 <= ratio <= 1.5 and decay["updates"] > hybrid["updates"] > grow["updates"]
         parts.append(
             f"{optimizer}: {told(differences[0])} points for hybrid and {told(differences[1])} for "
-            f"grow_batch against decay_lr's {mean(decay):.2f} %, training loss of grow_batch {ratio:.2f} "
-            f"times decay_lr's at equal epochs (geometric mean), in {grow['updates']:,} instead of "
-            f"{decay['updates']:,} updates, after which decay_lr's loss is still {behind:.1f} times as high"
+            f"grow_batch against decay_lr's {mean(decay):.2f} %, training loss of grow_batch "
+            f"{ratio:.2f} times decay_lr's at equal epochs (geometric mean), in "
+            f"{grow['updates']:,} instead of {decay['updates']:,} updates, after which decay_lr's "
+            f"loss is still {behind:.1f} times as high"
         )
     return Verdict(
         held=bool(held),
@@ -150,20 +152,21 @@ def judge_momentum_settling(found: Found) -> Verdict:
             elif _beyond_error((-won[0], won[1])):
                 gain = f"loses more: {told(won)}"
             said.append(
-                f"raised {what} it costs {told(cost)} points"
-                f"{'' if lost else ' (not more than its error allows)'}, {treatment} {gain}"
+                f"raised {what} it costs {told(cost)} "
+                f"points{'' if lost else ' (not more than its error allows)'}, {treatment} {gain}"
             )
         where = f"With {panel}: " if panel else ""
         parts.append(f"{where}{mean(reference):.2f} % with momentum 0.9; {'; '.join(said)}")
     return Verdict(
         held=held,
         sentence=f"{'. '.join(parts)}. (Held: the raised momentum costs "
-        "more than two standard errors, and the treatment wins back half of it or more, in all cases.)",
+        "more than two standard errors, and the treatment wins back half of it or more, in all "
+        "cases.)",
     )
 
 
 def _beyond_error(values: tuple[float, float]) -> bool:
-    """Whether a difference is above zero by more than two standard errors (with one seed: at all)."""
+    """Whether a difference exceeds zero by two standard errors (with one seed: at all)."""
     return values[0] > (0.0 if math.isnan(values[1]) else 2 * values[1])
 
 
@@ -178,12 +181,14 @@ def judge_warmup_or_not(found: Found) -> Verdict:
     held = _beyond_error(helps) and losses["grown"][0] >= -SAME
     return Verdict(
         held=held,
-        sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), in points: linear "
-        f"scaling without warm-up {told(losses['no_warm_up'])}, with it {told(losses['warm_up'])} "
-        f"({warm['updates']:,} updates), the grown batch without warm-up {told(losses['grown'])} "
-        f"({grown['updates']:,} updates). The warm-up is worth {told(helps)}; without it the training loss "
-        f"ends {np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. (Held: the warm-up is worth more "
-        f"than two standard errors, and the grown batch loses at most {SAME:g} point without it.)",
+        sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), "
+        f"in points: linear scaling without warm-up {told(losses['no_warm_up'])}, with it "
+        f"{told(losses['warm_up'])} ({warm['updates']:,} updates), the grown batch without warm-up "
+        f"{told(losses['grown'])} ({grown['updates']:,} updates). The warm-up is worth "
+        f"{told(helps)}; without it the training loss ends "
+        f"{np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. "
+        "(Held: the warm-up is worth more than two standard errors, and the grown batch loses at "
+        f"most {SAME:g} point without it.)",
     )
 
 
@@ -222,7 +227,7 @@ def _optimum_batch() -> tuple[Arm, ...]:
 
 
 def peak(batches: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The batch of the highest accuracy: a parabola in log2 B through the best and its neighbours."""
+    """The batch of the highest accuracy: a parabola in log2 B through the best three."""
     best = int(np.argmax(accuracies))
     first = min(max(0, best - 1), len(batches) - 3)
     x = np.log2(batches[first : first + 3])
@@ -266,7 +271,8 @@ def judge_optimum_batch(found: Found) -> Verdict:
         _, tops, _ = peaks(found, quantity)
         held &= abs(power - 1) <= max(2 * error, 0.25) and power - 2 * error > 0
         parts.append(
-            f"({quantity})^{power:.2f} ± {error:.2f} (peaks at {', '.join(f'{t:.0f}' for t in tops)})"
+            f"({quantity})^{power:.2f} ± {error:.2f} (peaks at "
+            f"{', '.join(f'{t:.0f}' for t in tops)})"
         )
     return Verdict(
         held=held,
@@ -279,7 +285,8 @@ def judge_optimum_batch(found: Found) -> Verdict:
 # ---------------------------------------------------------------------------------- all of them
 
 LAPTOP = (
-    "Here: scikit-learn's 8×8 digits shrunk to 4×4 pixels so that they are not all classified right, "
+    "Here: scikit-learn's 8×8 digits shrunk to 4×4 pixels so that they are not all classified "
+    "right, "
     "{images}, a WRN-10-1 with ghost batches of {ghost}; the papers have CIFAR-10 and a WRN-16-4"
     "{theirs}. {more}"
 )
@@ -320,7 +327,7 @@ def _four_schedules() -> tuple[Arm, ...]:
 
 
 def _shipped(*arms: tuple[str, str, str], overrides: tuple[str, ...] = ()) -> tuple[Arm, ...]:
-    """Shipped recipes, (recipe, label, the paper's accuracy), but for what a GPU needs to be quick."""
+    """Shipped recipes as (recipe, label, the paper's accuracy), with settings for a GPU."""
     return tuple(
         Arm(name=name, label=label, recipe=name, paper=paper, overrides=overrides)
         for name, label, paper in arms
@@ -407,16 +414,16 @@ ALL = (
     *_both_scales(
         "three_schedules",
         "Three schedules, one curve",
-        "Smith et al. 2018, section 5.1, figures 1 and 2: whether the lr decays, the batch grows, or one "
-        "after the other, loss and accuracy are the same after equal epochs, in fewer updates; with "
-        "momentum, Nesterov's momentum and plain SGD.",
+        "Smith et al. 2018, section 5.1, figures 1 and 2: whether the lr decays, the batch grows, "
+        "or one after the other, loss and accuracy are the same after equal epochs, in fewer "
+        "updates; with momentum, Nesterov's momentum and plain SGD.",
         LAPTOP.format(
             images=SPLIT,
             ghost=16,
             theirs=", noise that falls 5× at epochs 60, 120 and 160 of 200",
-            more="Noise falls 4× at epochs 9, 18 and 24 of 30. lr and network were chosen by hand, by "
-            "trial runs on these same images that were not kept; there was no sweep. All three schedules "
-            "of an optimizer have the same settings.",
+            more="Noise falls 4× at epochs 9, 18 and 24 of 30. lr and network were chosen by "
+            "hand, by trial runs on these same images that were not kept; there was no sweep. All "
+            "three schedules of an optimizer have the same settings.",
         ),
         (
             _three_schedules("digits_4px", DIGITS, "schedule.lr=2.0"),
@@ -431,14 +438,15 @@ ALL = (
         name="fewer_updates",
         scale="laptop",
         title="The same accuracy in fewer updates",
-        claim="Smith et al. 2018, section 5.2: 94.3 % in 78,125 updates, 94.4 % in 29,140, 94.5 % in "
-        "6,406, and, with the larger momentum, 93.3 % in 2,305.",
+        claim="Smith et al. 2018, section 5.2: 94.3 % in 78,125 updates, 94.4 % in 29,140, 94.5 % "
+        "in 6,406, and, with the larger momentum, 93.3 % in 2,305.",
         setting=LAPTOP.format(
             images=SPLIT,
             ghost=16,
             theirs=", lr 0.5 instead of 0.1, momentum 0.98 instead of 0.9, batches of at most N/10",
-            more="Noise falls 4× at epochs 9, 18 and 24 of 30; lr 0.8 instead of 0.2, momentum 0.95 "
-            "instead of 0.9, batches of at most 240 (N/5), since those of N/10 leave no room.",
+            more="Noise falls 4× at epochs 9, 18 and 24 of 30; lr 0.8 instead of 0.2, momentum "
+            "0.95 instead of 0.9, batches of at most 240 (N/5), since those of N/10 leave no "
+            "room.",
         ),
         arms=_four_schedules(),
         seeds=(0, 1, 2, 3, 4),
@@ -480,16 +488,17 @@ ALL = (
     *_both_scales(
         "momentum_settling",
         "How long a momentum takes to settle",
-        "Smith et al. 2018, section 4: a larger m with a batch of equal noise loses some accuracy (94.5 % to "
-        "93.3 %), since the buffer, zero at first, takes B/(N(1−m)) epochs to settle, which suppresses the "
-        "updates until then. The treatments are ours.",
+        "Smith et al. 2018, section 4: a larger m with a batch of equal noise loses some accuracy "
+        "(94.5 % to 93.3 %), since the buffer, zero at first, takes B/(N(1−m)) epochs to settle, "
+        "which suppresses the updates until then. The treatments are ours.",
         LAPTOP.format(
             images=SPLIT,
             ghost=16,
             theirs="",
-            more="m rises from 0.9 to 0.98, at the start or at epoch 9 of 30, and the batch from 16 to 80 "
-            "for it: settling takes 3.3 epochs. The lower lr was added when the first results were in, to see "
-            "whether the treatments fail because lr/(1−m) = 10 is more than SGD without momentum bears.",
+            more="m rises from 0.9 to 0.98, at the start or at epoch 9 of 30, and the batch from "
+            "16 to 80 for it: settling takes 3.3 epochs. The lower lr was added when the first "
+            "results were in, to see whether the treatments fail because lr/(1−m) = 10 is more "
+            "than SGD without momentum bears.",
         ),
         (
             _momentum_settling("digits_4px", DIGITS, 0.98, ((9, 4), (18, 4), (24, 4)), (0.2, 0.05)),
@@ -500,9 +509,9 @@ ALL = (
     *_both_scales(
         "warmup_or_not",
         "Linear scaling with and without warm-up, and a batch that grows",
-        "Goyal et al. 2017, section 2.2: an lr scaled with the batch needs a warm-up (ImageNet, batches of "
-        "8,192: error 24.84 % without, 23.74 % with gradual warm-up, 23.60 % for the small batch). Smith "
-        "et al. 2018: a batch that grows needs none.",
+        "Goyal et al. 2017, section 2.2: an lr scaled with the batch needs a warm-up (ImageNet, "
+        "batches of 8,192: error 24.84 % without, 23.74 % with gradual warm-up, 23.60 % for the "
+        "small batch). Smith et al. 2018: a batch that grows needs none.",
         LAPTOP.format(
             images=SPLIT,
             ghost=16,
@@ -521,13 +530,14 @@ ALL = (
         title="The batch of the highest test accuracy",
         claim="Smith & Le 2018, section 5: at a fixed lr there is a batch of the highest test "
         "accuracy, and it grows as εN; as 1/(1−m) too.",
-        setting="Here: scikit-learn's 8×8 digits, as many to train on as said and all others to test on, one "
-        "hidden layer of 128 units; the paper has MNIST, 800 units, m 0.9, and 10,000 updates whatever the "
-        "batch. Here every run has 10 epochs at a constant lr, so a larger batch has fewer updates: a "
-        "peak's right flank is slower training as well as less noise. The base is lr 0.2, N = 500, m = 0.5; "
-        "its range was chosen by a sweep in plain PyTorch with other seeds. Batches whose noise scale is "
-        "above 50 are left out: they diverge. Near a peak's left flank training is unstable, which follows "
-        "lr/(B(1−m)) but not N; that is the likely reason why N moves the peak little.",
+        setting="Here: scikit-learn's 8×8 digits, as many to train on as said and all others to "
+        "test on, one hidden layer of 128 units; the paper has MNIST, 800 units, m 0.9, and "
+        "10,000 updates whatever the batch. Here every run has 10 epochs at a constant lr, so a "
+        "larger batch has fewer updates: a peak's right flank is slower training as well as less "
+        "noise. The base is lr 0.2, N = 500, m = 0.5; its range was chosen by a sweep in plain "
+        "PyTorch with other seeds. Batches whose noise scale is above 50 are left out: they "
+        "diverge. Near a peak's left flank training is unstable, which follows lr/(B(1−m)) but "
+        "not N; that is the likely reason why N moves the peak little.",
         arms=_optimum_batch(),
         seeds=(0, 1, 2),
         draw=partial(draw_peaks, peaks=peaks),

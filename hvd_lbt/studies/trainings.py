@@ -1,7 +1,7 @@
 """A study that is a set of trainings: recipes × seeds, their curves, a figure, a table, a verdict.
 
-`Study` is data. `run_study` trains what is missing by `hvd_lbt train`, collects the numbers into one
-JSON file, and makes figure and page from that file alone.
+`Study` is data. `run_study` trains what is missing by `hvd_lbt train`, collects the numbers into
+one JSON file, and makes figure and page from that file alone.
 """
 
 import json
@@ -114,9 +114,10 @@ class Stopped(Exception):
 
 
 def shortened(study: Study, updates: int, train_samples: int) -> Study:
-    """A dry run of `study`: epochs and milestones shrunk in proportion, to about so many updates each.
+    """A dry run of `study`: epochs and milestones shrunk in proportion, to about `updates` each.
 
-    It is another study, with a folder and a report of its own. train_samples: of the images at hand.
+    It is another study, with a folder and a report of its own. train_samples: of the images at
+    hand.
     """
 
     def shorten(arm: Arm) -> Arm:
@@ -251,8 +252,8 @@ def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequen
         raise Stopped
     if any(codes):
         raise UserError(
-            f"A training failed (exit codes of the workers: {codes}); the reason is above. The same "
-            "command goes on from here."
+            f"A training failed (exit codes of the workers: {codes}); the reason is above. The "
+            "same command goes on from here."
         )
 
 
@@ -347,6 +348,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 # ------------------------------------------------------------------------------------------ page
 
 
+def made_with(found: Found) -> str:
+    """The last line of a study's page: the versions and the revision behind its numbers."""
+    made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"Made with {made}" + (f", revision {found['revision']}." if found["revision"] else ".")
+
+
 def page(study: Study, found: Found) -> str:
     """The study's page, in Markdown."""
     scale = "" if study.scale == "laptop" else f" --scale {study.scale} --data FOLDER"
@@ -363,8 +370,8 @@ def page(study: Study, found: Found) -> str:
         took += f", the command {seconds['this command']:,.0f} s"
     bases = " and ".join(f"`{name}`" for name in dict.fromkeys(a["recipe"] for a in found["arms"]))
     how = (
-        f"Seeds {', '.join(map(str, study.seeds))}; ± is the standard deviation over them (n − 1). Each "
-        f"line is {bases} with the overrides in `{study.stem}.json`. {took}."
+        f"Seeds {', '.join(map(str, study.seeds))}; ± is the standard deviation over them (n − 1). "
+        f"Each line is {bases} with the overrides in `{study.stem}.json`. {took}."
     )
     return "\n".join(
         [
@@ -378,14 +385,16 @@ def page(study: Study, found: Found) -> str:
             "",
             study.setting,
             "",
-            "| schedule | global batch | first lr | first m | first g | updates | train loss of the last epoch | test accuracy | paper's |",
+            (
+                "| schedule | global batch | first lr | first m | first g | updates | train loss "
+                "of the last epoch | test accuracy | paper's |"
+            ),
             "|---|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             how,
             "",
-            f"Made with {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"
-            + (f", revision {found['revision']}." if found["revision"] else "."),
+            made_with(found),
             "",
         ]
     )

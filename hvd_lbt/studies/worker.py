@@ -1,7 +1,7 @@
 """Train a list of recipes one after another in this process, as `hvd_lbt study` asks.
 
-Each is a whole `hvd_lbt train --resume`; only the start of Python, torch and Horovod, which takes as
-long as a small training, is shared.
+Each is a whole `hvd_lbt train --resume`; only the start of Python, torch and Horovod, which takes
+as long as a small training, is shared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The operators against plain torch in float64, for every option, form, size and instruction set."""
+"""The operators against plain torch in float64: every option, form, size, instruction set."""
 
 import itertools
 import os
@@ -328,12 +328,19 @@ def call(**changes):
 SHARED = torch.zeros(8)
 
 
+TENSORS = ("params", "grads", "momenta")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"grads": tensors([4])}, ValueError, "there are 1 grads for 2 params"),
         ({"momenta": []}, ValueError, "there are 0 momenta for 2 params"),
-        ({"grads": tensors([4, 5])}, ValueError, r"grads\[1\] has sizes \[5\], params\[1\] has \[6\]"),
+        (
+            {"grads": tensors([4, 5])},
+            ValueError,
+            r"grads\[1\] has sizes \[5\], params\[1\] has \[6\]",
+        ),
         ({"grads": tensors([4, 6], torch.float64)}, TypeError, r"grads\[0\] is Double"),
         ({"params": tensors([4, 6], torch.float16)}, TypeError, r"params\[0\] is Half"),
         ({"momenta": tensors([4, 6], torch.float16)}, TypeError, r"momenta\[0\] is Half"),
@@ -347,16 +354,20 @@ SHARED = torch.zeros(8)
             r"momenta\[0\] and momenta\[1\] overlap in memory",
         ),
         (
-            {"params": [torch.zeros(2, 2), torch.zeros(4, 3)[:, :2]], "grads": [torch.zeros(2, 2), torch.zeros(4, 3)[:, :2]], "momenta": [torch.zeros(2, 2), torch.zeros(4, 3)[:, :2]]},
+            {name: [torch.zeros(2, 2), torch.zeros(4, 3)[:, :2]] for name in TENSORS},
             ValueError,
             r"params\[1\] .* has gaps",
         ),
         (
-            {"params": [torch.zeros(2, 3)], "grads": [torch.zeros(3, 2).t()], "momenta": [torch.zeros(2, 3)]},
+            {name: [torch.zeros(2, 3)] for name in TENSORS} | {"grads": [torch.zeros(3, 2).t()]},
             ValueError,
             r"grads\[0\] has strides \[1, 2\], params\[0\] has \[3, 1\]",
         ),
-        ({"grads": [torch.zeros(4).to_sparse(), torch.zeros(6)]}, (ValueError, RuntimeError, NotImplementedError), "[Ss]parse"),
+        (
+            {"grads": [torch.zeros(4).to_sparse(), torch.zeros(6)]},
+            (ValueError, RuntimeError, NotImplementedError),
+            "[Ss]parse",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(changes, error, message):

@@ -235,7 +235,7 @@ def test_step_under_compile():
 
 
 def test_rescaling_ends_the_settling_of_a_raised_momentum():
-    """On f = w²/2 + noise-free drift: after m rises, updates are short until the buffer has settled.
+    """On f = w²/2 + noise-free drift: after m rises, updates are short until the buffer settles.
 
     With a constant gradient 1 the buffer settles at 1/(1-m). Raised from 0.9 to 0.99 without
     rescaling, the first update after the change moves 0.1 of its steady length, with it 1.0.
