@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe, RunRecipe
+from hvd_lbt.run_lock import RunLock
 from hvd_lbt.world import World
 
 VERSION = 1
@@ -33,7 +34,7 @@ class Checkpoints:
 
     All ranks call `save` and `wait` together: the ranks' weights are compared, and what went wrong
     on the disk of rank 0 is raised on every rank. allgather: the picklable values of all ranks.
-    best_top1: of the run so far.
+    best_top1: of the run so far. owner: nothing is written once another has taken the run over.
     """
 
     # One for the process: elastic workers begin anew while a save of theirs is under way.
@@ -46,11 +47,13 @@ class Checkpoints:
         world: World,
         allgather: Callable[[Any], list[Any]],
         best_top1: float = -1.0,
+        owner: RunLock | None = None,
     ):
         self.folder, self.keep, self.best_top1 = folder, settings.keep_checkpoints, best_top1
         self._every = 60 * settings.checkpoint_minutes
         self._writes, self._allgather = world.rank == 0, allgather
         self._writing: Future[None] | None = None
+        self._owner = owner
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
@@ -93,6 +96,11 @@ class Checkpoints:
         """Wait for the save before; what went wrong with it, or nothing."""
         writing, self._writing = self._writing, None
         error = writing.exception() if writing else None
+        if error is None and self._owner is not None:
+            try:
+                self._owner.check()
+            except UserError as taken_over:
+                error = taken_over
         if error is not None and not isinstance(error, UserError):
             raise error
         return str(error or "")

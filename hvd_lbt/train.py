@@ -23,6 +23,7 @@ from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forwar
 from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.run_lock import RunLock, own_run
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.world import World
 
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on where the run in --out stopped"
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take --out from an owner that cannot be proven gone, because you know that it is",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
             recipe, out, partial(train, recipe, data=args.data, out=out), args.resume
         )
     world = comm.init()
-    code = train(recipe, data=args.data, out=out, resume=args.resume, world=world)
+    with own_run(out, world, take_over=args.take_over) as owner:
+        code = train(recipe, data=args.data, out=out, resume=args.resume, world=world, owner=owner)
     ignore_signals()
     comm.shutdown()
     return code
@@ -61,10 +68,12 @@ def train(
     resume: bool,
     world: World,
     membership: elastic.Membership | None = None,
+    owner: RunLock | None = None,
 ) -> int:
     """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`.
 
     membership: of workers that may come and go; its state, if there is one, is gone on from.
+    owner: rank 0's ownership of `out`, looked at again before each save.
     """
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     device = local_device(world)
@@ -115,6 +124,7 @@ def train(
         world,
         comm.allgather_object,
         best_top1=state["best_top1"] if state else -1.0,
+        owner=owner,
     )
     log = RunLog(out, world, plan, first_update)
     log.begin(recipe, len(test_store), first_update)

@@ -12,6 +12,7 @@ from pathlib import Path
 from hvd_lbt import comm
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.report import read_run
+from hvd_lbt.run_lock import own_run
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.train import train
 
@@ -33,8 +34,9 @@ def main(args: argparse.Namespace) -> int:
         out = Path(task["out"])
         recipe = load_recipe(task["recipe"], task["overrides"])
         said = out.with_name(f"{out.name}.log").open("a", encoding="utf-8")
-        with said, redirect_stdout(said):
-            code = train(recipe, data=Path(task["data"]), out=out, resume=True, world=world)
+        with said, redirect_stdout(said), own_run(out, world) as owner:
+            data = Path(task["data"])
+            code = train(recipe, data=data, out=out, resume=True, world=world, owner=owner)
         if code:
             break
         if world.rank == 0:

@@ -13,7 +13,7 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "noise", "layout", "data.order", "data.cuts", "ops", "stop"},
+    {"errors", "world", "noise", "layout", "data.order", "data.cuts", "ops", "stop", "run_lock"},
     {"recipe", "schedule", "plan", "optim", "models"},
     {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm", "measure"},
     {"elastic_driver"},
