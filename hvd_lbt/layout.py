@@ -22,25 +22,41 @@ class Layout:
         return sum(len(part) for part in self.micro_batches)
 
 
+def count_ghost_batches(samples: int, ghost_batch: int) -> int:
+    """How many ghost batches `samples` consecutive samples are.
+
+    All have `ghost_batch` samples but the last, which has the rest. A rest of one sample joins the
+    ghost batch before it, since batch norm cannot normalise one value of a 1×1 feature map; so the
+    last has 2 to ghost_batch + 1 samples, and one only if samples or ghost_batch is 1.
+    """
+    whole, rest = divmod(samples, ghost_batch)
+    return max(1, whole + (rest > 1))
+
+
 def make_layout(
     global_batch: int, *, rank: int, size: int, micro_batch: int, ghost_batch: int
 ) -> Layout:
     """The micro-batches of worker `rank` of `size`.
 
-    The update's ceil(B / ghost_batch) ghost batches (the last may be smaller) are dealt in
-    contiguous runs, as evenly as possible, and each run is cut into micro-batches of at most
-    `micro_batch` samples, a multiple of `ghost_batch`. With fewer ghost batches than workers, some
-    workers have no samples. Raises ValueError for arguments that are none of this.
+    The update's ghost batches (`count_ghost_batches`) are dealt in contiguous runs, as evenly as
+    possible, and each run is cut into micro-batches of at most `micro_batch` samples, a multiple of
+    `ghost_batch`; the update's last one may have one sample more. With fewer ghost batches than
+    workers, some workers have no samples. Raises ValueError for impossible arguments.
     """
     if min(global_batch, ghost_batch, micro_batch) < 1 or not 0 <= rank < size:
         raise ValueError(f"{global_batch=}, {ghost_batch=}, {micro_batch=}, {rank=}, {size=}")
     if micro_batch % ghost_batch:
         raise ValueError(f"{micro_batch=} is no multiple of {ghost_batch=}")
-    ghost_batches = -(-global_batch // ghost_batch)
-    first, end = (
-        min(global_batch, ghost_batches * place // size * ghost_batch) for place in (rank, rank + 1)
-    )
-    starts = range(first, end, micro_batch)
+    ghost_batches = count_ghost_batches(global_batch, ghost_batch)
+    first, end = (ghost_batches * place // size for place in (rank, rank + 1))
+
+    def start_of(ghost: int) -> int:
+        return global_batch if ghost == ghost_batches else ghost * ghost_batch
+
+    at_once = micro_batch // ghost_batch
     return Layout(
-        micro_batches=tuple(range(start, min(start + micro_batch, end)) for start in starts)
+        micro_batches=tuple(
+            range(start_of(ghost), start_of(min(ghost + at_once, end)))
+            for ghost in range(first, end, at_once)
+        )
     )

@@ -5,7 +5,7 @@ The one place where epochs become samples and samples become updates.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from rich.console import Group, RenderableType
@@ -25,9 +25,9 @@ class Stage:
     """A span with one global batch and momentum; the lr is constant or follows a shape.
 
     first_sample: samples seen before it; samples: seen in it. Updates are of `global_batch`
-    samples, except the last of the run, which takes what is left, with an lr that is smaller by the
-    same factor. lr and the noise scales are those
-    of its first update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's.
+    samples, except the last of the run, which takes what is left (or one sample more, so that none
+    is a single sample), with the lr in proportion. lr and the noise scales are those of its first
+    update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's.
     """
 
     index: int
@@ -94,7 +94,8 @@ class Plan:
         stage = self.stages[place - 1]
         before = (update - stage.first_update) * stage.global_batch
         seen = stage.first_sample + before
-        global_batch = min(stage.global_batch, stage.samples - before)
+        is_last = update + 1 == stage.first_update + stage.updates
+        global_batch = stage.samples - before if is_last else stage.global_batch
         epoch, first_epoch = (
             samples / self.train_samples for samples in (seen, stage.first_sample)
         )
@@ -123,7 +124,8 @@ def make_plan(schedule: ScheduleRecipe, train_samples: int) -> Plan:
     A stage runs as many full updates as end at or before its milestone, in samples seen from the
     start of the run. The samples left over, fewer than its batch, go to the next stage; so no
     update straddles two learning rates and no sample is dropped. The last stage uses up the rest:
-    the last update of the run may be smaller. A stage too short for one update is left out.
+    the last update of the run may be smaller; a single sample that is left joins the update before
+    it (batch norm needs two). A stage too short for one update is left out.
 
     Raises UserError if there are no samples.
     """
@@ -141,7 +143,11 @@ def make_plan(schedule: ScheduleRecipe, train_samples: int) -> Plan:
         updates, left = divmod(end - seen, span.global_batch)
         samples = end - seen - left
         if end == total and left:
-            updates, samples = updates + 1, end - seen
+            samples = end - seen
+            if left > 1 or not (stages or updates):
+                updates += 1
+            elif not updates:  # one sample for a stage: it joins the stage before
+                stages[-1] = replace(stages[-1], samples=stages[-1].samples + 1)
         if updates > 0:
             extent = (done, updates, seen, samples)
             stages.append(_stage(schedule, len(stages), span, train_samples, extent))
@@ -186,6 +192,13 @@ def _stage(
 def ghost_batch_of(update: Update, recipe: Recipe) -> int:
     """Samples that share batch-norm statistics in `update`."""
     return update.ghost_batch or recipe.layout.ghost_batch
+
+
+def has_single_samples(plan: Plan, recipe: Recipe) -> bool:
+    """Whether some ghost batch of the plan has one sample only."""
+    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
+    batches = [stage.global_batch for stage in plan.stages]
+    return 1 in (*ghosts, *batches, plan.at(plan.updates - 1).global_batch)
 
 
 def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
@@ -275,6 +288,11 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
     if last < plan.stages[-1].global_batch:
         notes.append(
             f"The last update takes the {last:,} samples that are left, with an lr smaller in proportion."
+        )
+    elif last > plan.stages[-1].global_batch:
+        notes.append(
+            f"The last update takes {last:,} samples, one more than the others: a single sample was "
+            "left, and batch norm needs two."
         )
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:

@@ -19,8 +19,16 @@ from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.metrics import RunLog
-from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
-from hvd_lbt.plan import Plan, Update, ghost_batch_of, layout_of, make_plan, micro_batch_ranges
+from hvd_lbt.models import RunningStatistics, build_model, check_one_sample, compiled, make_forward
+from hvd_lbt.plan import (
+    Plan,
+    Update,
+    ghost_batch_of,
+    has_single_samples,
+    layout_of,
+    make_plan,
+    micro_batch_ranges,
+)
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.run_lock import RunLock, own_run
@@ -94,6 +102,8 @@ def train(
     model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
+    if has_single_samples(plan, recipe):
+        check_one_sample(model, recipe.data.image_size)
     statistics = RunningStatistics(model)
     optimizer = make_optimizer(model, recipe.optimizer, plan.at(0))
     reducer = GradientReducer(

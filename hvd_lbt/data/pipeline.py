@@ -25,6 +25,7 @@ from hvd_lbt.data.samples import LEFT_OUT, Batch, TrainSamples
 from hvd_lbt.data.store import Encoded, Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
+from hvd_lbt.layout import count_ghost_batches
 from hvd_lbt.recipe import DataRecipe
 
 try:
@@ -72,9 +73,9 @@ def train_batches(
     local_size: int = 1,
     left_out: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
-    """One batch for each (first sample of the stream, count ≤ micro_batch, ghost batch) of `ranges`.
+    """One batch for each (first sample of the stream, count, ghost batch) of `ranges`.
 
-    Ghost batches are counted from a range's first sample. local_size: workers that share this
+    count is at most micro_batch + 1: a last ghost batch may take a remainder of one. Ghost batches are counted from a range's first sample. local_size: workers that share this
     node's cores. Raises SampleError naming the first image that cannot be decoded; with
     on_bad_sample: skip that error goes to `left_out`, and the sample's place has the label LEFT_OUT
     and the image of another sample of its ghost batch, so that statistics are of images.
@@ -85,7 +86,7 @@ def train_batches(
             store, data, ((first, count) for first, count, _ in ranges), micro_batch, device
         )
     samples = TrainSamples(store, seed)
-    maker = _Maker(store, data, _Augmented(data), micro_batch, device, local_size)
+    maker = _Maker(store, data, _Augmented(data), micro_batch + 1, device, local_size)
     return maker.batches(ranges, samples.indices, samples.uniforms, left_out)
 
 
@@ -123,7 +124,8 @@ def _synthetic(
 ) -> Iterator[Batch]:
     shape = (micro_batch, 3, data.image_size, data.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    labels = torch.from_numpy(np.resize(store.labels, micro_batch)).to(device)
+    images = torch.cat([images, images[:1]])  # a last ghost batch may take a remainder of one
+    labels = torch.from_numpy(np.resize(store.labels, micro_batch + 1)).to(device)
     for _, count in ranges:
         yield Batch(images[:count], labels[:count])
 
@@ -271,8 +273,11 @@ class _Maker:
     def _fill(self, work: _Work) -> None:
         """Give each place that was left out the bytes of the next good one in its ghost batch."""
         for place in work.left_out:
-            start = place - place % work.ghost_batch
-            group = range(start, min(start + work.ghost_batch, len(work.samples)))
+            last = count_ghost_batches(len(work.samples), work.ghost_batch) - 1
+            ghost = min(place // work.ghost_batch, last)
+            start = ghost * work.ghost_batch
+            end = len(work.samples) if ghost == last else start + work.ghost_batch
+            group = range(start, end)
             good = [other for other in group if other not in work.left_out]
             donor = next((other for other in good if other > place), good[0] if good else None)
             work.samples[place] = GREY if donor is None else work.samples[donor]

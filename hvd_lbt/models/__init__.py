@@ -7,14 +7,21 @@ from torch import nn
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.models.forward import compiled, make_forward
-from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics
+from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics, check_one_sample
 from hvd_lbt.models.inception_resnet import InceptionResNetV2
 from hvd_lbt.models.perceptron import Perceptron
 from hvd_lbt.models.resnet import DEPTHS, ResNet
 from hvd_lbt.models.wide_resnet import WideResNet
 from hvd_lbt.recipe import ModelRecipe
 
-__all__ = ["GhostBatchNorm2d", "RunningStatistics", "build_model", "compiled", "make_forward"]
+__all__ = [
+    "GhostBatchNorm2d",
+    "RunningStatistics",
+    "build_model",
+    "check_one_sample",
+    "compiled",
+    "make_forward",
+]
 
 
 def build_model(settings: ModelRecipe, classes: int, ghost_batch: int) -> nn.Module:

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hvd_lbt.errors import UserError
+from hvd_lbt.layout import count_ghost_batches
+
 
 class GhostBatchNorm2d(nn.Module):
-    """Batch norm of (n, C, H, W) over groups of `ghost_batch` samples; the last may be smaller.
+    """Batch norm of (n, C, H, W) over groups of `ghost_batch` samples; the last takes the rest.
 
+    `hvd_lbt.layout.count_ghost_batches` says how large that is: a rest of one joins it.
     Parameters, buffers and evaluation are those of `nn.BatchNorm2d`. In training, forward only
     *collects* the statistics of its groups; `RunningStatistics` folds the whole update's into the
     running ones, which therefore change once an update, alike on every rank.
@@ -42,11 +46,22 @@ class GhostBatchNorm2d(nn.Module):
                 images, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         size = self.ghost_batch
-        if torch.compiler.is_compiling():  # as few kernels for many groups as for one
-            whole = len(images) // size
-            parts = [(images[: whole * size], whole), (images[whole * size :], 1)]
+        groups = count_ghost_batches(len(images), size)
+        if 1 in (size, len(images)) and images[0, 0].numel() == 1:
+            raise UserError(
+                "a ghost batch of one sample reaches a batch norm on a 1×1 feature map, where one "
+                "value has no variance. Make schedule.global_batch and layout.ghost_batch at least "
+                "2 (and schedule.epochs such that the last update is no single sample), or "
+                "data.image_size larger."
+            )
+        if not torch.compiler.is_compiling():
+            sizes = [size] * (groups - 1) + [len(images) - size * (groups - 1)]
+            parts = [(group, 1) for group in images.split(sizes)]
+        elif len(images) == size * groups:  # as few kernels for many groups as for one
+            parts = [(images, groups)]
         else:
-            parts = [(group, 1) for group in images.split(size)]
+            whole = groups - 1
+            parts = [(images[: whole * size], whole), (images[whole * size :], 1)]
         done = [self._normalise(part, groups) for part, groups in parts if len(part)]
         return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -99,7 +114,7 @@ class RunningStatistics:
         running ← (1−a)^k · running + (1−(1−a)^k) · Σ n_group · statistic / global_batch, a = 0.1.
         """
         for norm in self.norms:
-            keep = (1 - norm.momentum) ** -(-global_batch // norm.ghost_batch)
+            keep = (1 - norm.momentum) ** count_ghost_batches(global_batch, norm.ghost_batch)
             mean, variance = norm.collected
             norm.running_mean.mul_(keep).add_(mean, alpha=(1 - keep) / global_batch)
             norm.running_var.mul_(keep).add_(variance, alpha=(1 - keep) / global_batch)
@@ -109,3 +124,22 @@ class RunningStatistics:
     def discard(self) -> None:
         """Forget what an update collected, as if it had not been."""
         self.collected.zero_()
+
+
+@torch.no_grad()
+def check_one_sample(model: nn.Module, image_size: int) -> None:
+    """Raise UserError if the model in training cannot take a ghost batch of one sample.
+
+    Only its forward knows where a feature map is 1×1. Call it before training, where a plan has
+    such ghost batches; random numbers and collected statistics stay as they are.
+    """
+    norms = [m for m in model.modules() if isinstance(m, GhostBatchNorm2d)]
+    collected = [norm.collected.clone() for norm in norms]
+    like = next(model.parameters())
+    was_training = model.training
+    devices = [like.device] if like.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        model.train()(like.new_zeros(1, 3, image_size, image_size))
+    model.train(was_training)
+    for norm, before in zip(norms, collected, strict=True):
+        norm.collected.copy_(before)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.models import GhostBatchNorm2d, RunningStatistics, build_model
+from hvd_lbt.models import GhostBatchNorm2d, RunningStatistics, build_model, check_one_sample
 from hvd_lbt.recipe import ModelRecipe
 
 
@@ -108,6 +108,47 @@ def test_groups_do_not_know_of_each_other_nor_of_the_micro_batch():
     for fold in folds:
         fold.fold(global_batch=10)
     torch.testing.assert_close(whole.running_var, parts.running_var)
+
+
+def test_a_rest_of_one_sample_joins_the_group_before_it():
+    torch.manual_seed(0)
+    images = torch.randn(9, 3, 1, 1)  # one value a channel: a group of one has no variance
+    norm, by_hand = GhostBatchNorm2d(3, ghost_batch=4), GhostBatchNorm2d(3, ghost_batch=5)
+    folds = [RunningStatistics(nn.Sequential(norm)) for norm in (norm, by_hand)]
+    together = norm(images)
+    assert torch.equal(together[4:], by_hand(images[4:]))
+    by_hand.ghost_batch = 4
+    assert torch.equal(together[:4], by_hand(images[:4]))
+    for fold in folds:
+        fold.fold(global_batch=9)
+    assert torch.equal(norm.running_var, by_hand.running_var)
+    assert norm.running_mean.abs().max() > 0
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5, 8, 9, 10])
+def test_compiled_code_has_the_same_groups(monkeypatch, samples):
+    torch.manual_seed(0)
+    images = torch.randn(samples, 3, 2, 2)
+    eager, compiled = GhostBatchNorm2d(3, ghost_batch=4), GhostBatchNorm2d(3, ghost_batch=4)
+    expected = eager(images)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(compiled(images), expected)
+    torch.testing.assert_close(compiled.collected, eager.collected)
+
+
+def test_one_sample_is_refused_before_training_where_a_feature_map_is_one_pixel():
+    torch.manual_seed(0)
+    model = build_model(settings("wide_resnet10_1"), 10, ghost_batch=1)
+    statistics = RunningStatistics(model)
+    with pytest.raises(UserError, match=r"ghost batch of one sample.*1×1 feature map.*ghost_batch"):
+        check_one_sample(model, 4)
+    assert not statistics.collected.any()
+    random = torch.get_rng_state()
+    check_one_sample(model, 32)  # 8×8 is the smallest map: one sample has a variance there
+    assert not statistics.collected.any()
+    assert torch.equal(random, torch.get_rng_state())
+    with pytest.raises(UserError, match="ghost batch of one"):
+        GhostBatchNorm2d(3, ghost_batch=1)(torch.randn(4, 3, 1, 1))
 
 
 def test_an_update_of_many_groups_moves_the_average_as_far_as_that_many_updates():

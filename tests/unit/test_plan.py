@@ -70,7 +70,8 @@ def test_no_update_starts_a_fall_early_or_late(schedule, train_samples):
     ends = [*[round(p.epoch * train_samples) for p in phases(schedule)][1:], plan.samples]
     for stage in plan.stages:
         place = list(by_values).index((stage.global_batch, stage.lr))
-        assert stage.first_sample + stage.samples <= ends[place]
+        joined = stage is plan.stages[-1]  # it may have taken a single sample that was left
+        assert stage.first_sample + stage.samples <= ends[place] + joined
         assert ends[place] - (stage.first_sample + stage.samples) < stage.global_batch
 
 
@@ -144,6 +145,20 @@ def test_the_smaller_last_update_has_a_smaller_lr_and_the_planned_noise():
     assert [plan.at(index).global_batch for index in (0, 1)] == [10, 5]
     assert [plan.at(index).lr for index in (0, 1)] == [0.1, 0.05]
     assert plan.at(1).noise_scale == pytest.approx(plan.at(0).noise_scale)
+
+
+def test_a_single_sample_that_is_left_joins_the_update_before_it():
+    plan = make_plan(schedule(milestones=[], epochs=1, global_batch=16), 5 * 1437)
+    assert plan.updates == 449
+    assert [plan.at(index).global_batch for index in (447, 448)] == [16, 17]
+    assert plan.at(448).lr == pytest.approx(0.1 * 17 / 16)
+    assert plan.at(448).noise_scale == pytest.approx(plan.at(0).noise_scale)
+    # the stage before, where the last stage has but this sample
+    plan = make_plan(schedule(milestones=[{"epoch": 9.9, "factor": 5}], global_batch=99), 10)
+    assert [(s.updates, s.samples) for s in plan.stages] == [(1, 100)]
+    assert plan.at(0).global_batch == plan.samples == 100
+    assert make_plan(schedule(milestones=[], epochs=1), 1).at(0).global_batch == 1
+    assert make_plan(schedule(milestones=[], epochs=1, global_batch=1), 3).updates == 3
 
 
 def test_exact_noise_is_zero_where_the_batch_is_all_there_is():
