@@ -6,6 +6,7 @@ there. `name` pairs the tensors of the ranks; a stable name lets Horovod's respo
 negotiation.
 """
 
+import io
 import os
 import socket
 import sys
@@ -133,14 +134,56 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any, root: int = 0) -> Any:
-    """Give every rank `root`'s picklable value."""
-    # Horovod names the messages after the value's type, which is not the same on all ranks.
-    return hvd.broadcast_object(value, root_rank=root, name="object")
+    """Give every rank `root`'s plain value: numbers, strings, None, tensors; lists and dicts of them.
+
+    Nothing that arrives is unpickled as code: unlike Horovod's function of this name, a process that
+    poses as `root` can send data only. TypeError, on `root`, for what is not plain.
+    """
+    here = _packed(value) if hvd.rank() == root else torch.zeros(0, dtype=torch.uint8)
+    size = hvd.broadcast_(torch.tensor([here.numel()]), root, name="object.size")
+    if hvd.rank() != root:
+        here = torch.empty(int(size), dtype=torch.uint8)
+    hvd.broadcast_(here, root, name="object.bytes")
+    return value if hvd.rank() == root else _unpacked(here)
 
 
 def allgather_object(value: Any) -> list[Any]:
-    """The picklable values of all ranks, by rank."""
-    return hvd.allgather_object(value, name="objects")
+    """The plain values of all ranks, by rank; plain as in `broadcast_object`."""
+    here = _packed(value)
+    sizes = hvd.allgather(torch.tensor([here.numel()]), name="objects.size").tolist()
+    parts = hvd.allgather(here, name="objects.bytes").split(sizes)
+    return [_unpacked(part) for part in parts]
+
+
+_PLAIN = (type(None), bool, int, float, str, bytes, Tensor)
+
+
+def _packed(value: Any) -> Tensor:
+    """The bytes of a plain value. TypeError if `_unpacked` would refuse them on another rank."""
+    _check_plain(value)
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> Any:
+    """The plain value in these bytes. UnpicklingError if they hold anything else."""
+    # weights_only: tensors and plain containers are made, no function is imported or called
+    stream = io.BytesIO(data.numpy().tobytes())
+    return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def _check_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, list | tuple):
+        parts = [*value]
+    elif type(value) in _PLAIN or isinstance(value, Tensor):
+        return
+    else:
+        raise TypeError(f"ranks exchange plain data and tensors only, not {type(value)}: {value!r}")
+    for part in parts:
+        _check_plain(part)
 
 
 def barrier() -> None:
@@ -176,7 +219,7 @@ def leave() -> None:
     hvd.shutdown()
 
 
-def cut() -> None:
+def disconnect() -> None:
     """End the connections of this world, from another thread than the one that waits in a collective.
 
     When a rank dies, Gloo tells only the ranks that talk to it just then; the others would wait for

@@ -162,7 +162,7 @@ class Membership:
                 if self._in_world and generation == self.generation and "leave" not in wanted:
                     self._wanted = wanted
                     if wanted["lost"]:
-                        comm.cut()
+                        comm.disconnect()
 
 
 def _nothing() -> None:

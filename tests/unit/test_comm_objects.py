@@ -1,0 +1,85 @@
+"""What ranks say to each other is data: bytes from the network are never run as code."""
+
+import ast
+import io
+import os
+import pickle
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import cloudpickle
+import pytest
+import torch
+
+from hvd_lbt import comm
+
+PACKAGE = Path(__file__).parents[2] / "hvd_lbt"
+
+
+class Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, flag: Path):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.flag}",)
+
+
+def saved(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "write", [partial(pickle.dumps, protocol=2), partial(cloudpickle.dumps, protocol=2), saved]
+)
+def test_a_pickled_command_from_the_network_is_refused(tmp_path, write):
+    sent = write({"update": 3, "state": Command(tmp_path / "flag")})
+    with pytest.raises(pickle.UnpicklingError):
+        comm._unpacked(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
+    assert not (tmp_path / "flag").exists()
+
+
+@pytest.mark.parametrize("sent", [b"x", b"PK\x03\x04", bytes(1000)])
+def test_bytes_that_are_no_value_are_an_error(sent):
+    with pytest.raises((pickle.UnpicklingError, RuntimeError, EOFError)):
+        comm._unpacked(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
+
+
+def test_a_state_arrives_as_it_was():
+    value = {
+        "update": 7,
+        "model": OrderedDict(weight=torch.randn(3, 4), half=torch.ones(2, dtype=torch.float16)),
+        "recipe": {"lr": 0.1, "names": ["a", "é"], "none": None, "on": True},
+        "pair": ("", 2**40),
+        1: -1.5,
+    }
+    got = comm._unpacked(comm._packed(value))
+    assert got.keys() == value.keys()
+    assert torch.equal(got["model"]["weight"], value["model"]["weight"])
+    assert got["model"]["half"].dtype == torch.float16
+    assert {key: got[key] for key in ("update", "recipe", "pair", 1)} == {
+        key: value[key] for key in ("update", "recipe", "pair", 1)
+    }
+
+
+@pytest.mark.parametrize(
+    "value", [PurePosixPath("x"), {"a": [object()]}, {print: 1}, (1, {2, 3}), Command(Path("x"))]
+)
+def test_what_would_be_refused_is_not_sent(value):
+    with pytest.raises(TypeError, match="plain data"):
+        comm._packed(value)
+
+
+def test_nothing_in_the_package_calls_horovods_pickling_functions():
+    forbidden = {"broadcast_object_fn", "broadcast_optimizer_state"}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                called_on_horovod = isinstance(node.value, ast.Name) and node.value.id == "hvd"
+                objects = node.attr in ("broadcast_object", "allgather_object")
+                assert not (called_on_horovod and objects), f"{file}:{node.lineno}"
+                assert node.attr not in forbidden, f"{file}:{node.lineno}"
