@@ -15,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hvd_lbt import plain_yaml
 from hvd_lbt.errors import UserError
 from hvd_lbt.noise import batch_of_equal_noise
 
 SHIPPED = Path(__file__).parent / "recipes"
+MAX_REASONS = 8  # errors of one recipe that are written out
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -485,22 +486,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     except ValidationError as error:
         # an unknown key is often the misspelt one that is missing: it comes first
         found = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
-        reasons = " ".join(dict.fromkeys(_reason(details) for details in found))
-        raise UserError(f"Recipe {name_or_path}: {reasons}") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader, but a key given twice is an error: the first would silently have no effect."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice",
-                    problem_mark=node.value[position][0].start_mark,
-                )
-        return super().construct_mapping(node, deep)
+        reasons = list(dict.fromkeys(_reason(details) for details in found[:MAX_REASONS]))
+        if len(found) > MAX_REASONS:
+            reasons.append(f"There are {len(found) - MAX_REASONS:,} more errors.")
+        raise UserError(f"Recipe {name_or_path}: {' '.join(reasons)}") from None
 
 
 def _read(name_or_path: str | Path, folder: Path, is_base: bool = False) -> dict[str, Any]:
@@ -531,20 +520,15 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(file: Path) -> dict[str, Any]:
+    what = f"Recipe {file}"
     try:
-        # _StrictLoader is a SafeLoader
-        settings = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
-    except (FileNotFoundError, IsADirectoryError):
+        settings = plain_yaml.parse(plain_yaml.read_text(file, what), what)
+    except FileNotFoundError:
         raise UserError(
-            f"Recipe {file}: there is no shipped recipe and no file of this name."
+            f"{what}: there is no shipped recipe and no file of this name."
             f"{_did_you_mean(str(file), shipped_recipes())} "
             f"Shipped recipes: {', '.join(shipped_recipes())}."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Recipe {file}: the file cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Recipe {file}: the file is not valid YAML: {reason}.") from error
     if not isinstance(settings, dict):
         raise UserError(
             f"Recipe {file}: the file must hold sections of settings "
@@ -557,22 +541,18 @@ def _set(settings: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into `settings`; whether the key exists is checked later."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > plain_yaml.MAX_DEPTH:
         raise UserError(
-            f"--set {override}: it must read section.key=value, such as --set schedule.lr=0.05."
+            f"--set {override[:100]}: it must read section.key=value, such as --set schedule.lr=0.05."
         )
-    try:
-        value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--set {override}: the value is not valid YAML: {reason}.") from error
+    value = plain_yaml.parse(text, f"--set {override[:100]}")
     for depth, key in enumerate(keys[:-1], start=1):
         if settings.get(key) is None:
             settings[key] = {}
         settings = settings[key]
         if not isinstance(settings, dict):
             raise UserError(
-                f"--set {override}: {'.'.join(keys[:depth])} is {_shown(settings)}, which has no "
+                f"--set {override[:100]}: {'.'.join(keys[:depth])} is {_shown(settings)}, which has no "
                 "keys of its own; set it as a whole."
             )
     settings[keys[-1]] = value

@@ -14,6 +14,7 @@ MODULES = {
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
     {"errors", "world", "noise", "layout", "data.order", "data.cuts", "ops", "stop", "run_lock"},
+    {"plain_yaml"},
     {"recipe", "schedule", "plan", "optim", "models"},
     {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm", "measure"},
     {"elastic_driver"},
@@ -34,10 +35,11 @@ PURE = {  # the standard library, and what is named
     "data.order": {"numpy"},
     "data.cuts": {"numpy"},
     "plan": {"rich"},  # for the table it prints
+    "plain_yaml": {"yaml"},
     "recipe": {"pydantic", "yaml"},
 }
 STANDARD = {"dataclasses", "collections", "itertools", "math", "bisect", "pathlib", "typing"}
-STANDARD |= {"difflib", "hashlib", "json", "re"}
+STANDARD |= {"difflib", "hashlib", "json", "os", "re", "stat"}
 
 
 def imports(name: str, *, everywhere: bool = True) -> set[str]:

@@ -109,7 +109,7 @@ def test_impossible_settings_are_named(override, message):
         ("schedule.lr", "it must read section.key=value"),
         ("=3", "it must read section.key=value"),
         ("schedule..lr=3", "it must read section.key=value"),
-        ("schedule.lr=[", "the value is not valid YAML"),
+        ("schedule.lr=[", "it is not valid YAML: line 1: "),
         ("schedule.lr.x=3", "schedule.lr is 0.1, which has no keys of its own"),
     ],
 )
