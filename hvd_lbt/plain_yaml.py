@@ -95,12 +95,17 @@ def _short(text: str | None) -> str:
     return (text or "it cannot be read")[:200]
 
 
+def _line(event: yaml.Event) -> int:
+    assert event.start_mark is not None
+    return event.start_mark.line + 1
+
+
 class _Refused(Exception):
     """YAML that is valid and not accepted here."""
 
     def __init__(self, event: yaml.Event, reason: str):
         super().__init__(reason)
-        self.line = event.start_mark.line + 1
+        self.line = _line(event)
 
 
 class _Document:
@@ -143,7 +148,7 @@ class _Document:
                 raise _Refused(
                     key, f"the key {name[:60]!r} is given twice, first in line {lines[name]}"
                 )
-            lines[name] = key.start_mark.line + 1
+            lines[name] = _line(key)
             mapping[name] = self._node(next(self._events), depth + 1)
         return mapping
 
@@ -151,7 +156,7 @@ class _Document:
         self._nodes += 1
         if isinstance(event, yaml.AliasEvent):
             raise _Refused(
-                event, f"aliases (*{event.anchor[:40]}) are not allowed; write the value out"
+                event, f"aliases (*{str(event.anchor)[:40]}) are not allowed; write the value out"
             )
         assert isinstance(event, yaml.NodeEvent)
         if event.anchor is not None:
