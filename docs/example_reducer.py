@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hvd_lbt import comm
-from hvd_lbt.layout import make_layout
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.schedule.layout import make_layout
 
 
 def main() -> None:

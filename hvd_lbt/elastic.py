@@ -22,8 +22,8 @@ from hvd_lbt import comm
 from hvd_lbt.checkpoint import on_cpu
 from hvd_lbt.elastic_driver import WISH
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import Stage, workers_of
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.plan import Stage, target_workers
 from hvd_lbt.world import World
 
 REPORT_SECONDS = 0.5
@@ -119,7 +119,7 @@ class Membership:
 
     def _wish(self, stage: Stage) -> None:
         """Publish how many workers the stage is worth, if the recipe says what one is for."""
-        wished = workers_of(stage, self._recipe)
+        wished = target_workers(stage, self._recipe.elastic.local_batch)
         if self._rank or wished is None or wished == self._wished:
             return
         self._wished = wished

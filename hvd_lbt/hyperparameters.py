@@ -3,8 +3,9 @@
 from torch import nn
 
 from hvd_lbt.optim import FusedSGD
-from hvd_lbt.plan import Update
-from hvd_lbt.recipe import OptimizerRecipe, ScheduleRecipe
+from hvd_lbt.recipe import OptimizerRecipe
+from hvd_lbt.schedule.plan import Update
+from hvd_lbt.schedule.settings import Schedule
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
@@ -24,7 +25,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) 
     )
 
 
-def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: ScheduleRecipe) -> None:
+def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: Schedule) -> None:
     """Give the optimizer this update's lr and momentum: the only place that does.
 
     A changed momentum leaves the buffer g/(1−m_old) away from its new steady state g/(1−m_new);

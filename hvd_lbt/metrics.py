@@ -21,8 +21,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
-from hvd_lbt.plan import Plan, Update, render_plan
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.plan import Plan, Update
+from hvd_lbt.stage_table import render_plan
 from hvd_lbt.world import World
 
 # Device scalars are read this often, not every update: reading one waits for the GPU.

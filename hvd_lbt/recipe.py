@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.errors import UserError
-from hvd_lbt.noise import batch_of_equal_noise
+from hvd_lbt.schedule.settings import Schedule, SettingError
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_REASONS = 8  # errors of one recipe that are written out
@@ -27,8 +27,9 @@ MAX_REASONS = 8  # errors of one recipe that are written out
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 Triple = tuple[float, float, float]
+
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 # Settings with which a run may be resumed otherwise: they change speed, memory, rounding or what is
 # told of the run, not what is computed.
@@ -149,215 +150,6 @@ class ModelRecipe(_Section):
         )
 
 
-class Milestone(_Section):
-    """At `epoch` the noise scale falls by `factor`."""
-
-    epoch: Positive
-    factor: Annotated[float, Field(gt=1)]
-    momentum: Momentum | None = None
-    """The momentum from here on; batch or lr pay for it, so that the noise scale is as planned."""
-    ghost_batch: Count | None = None
-    """The ghost batch from here on; None: as before."""
-
-
-class WarmUp(_Section):
-    """The lr rises linearly over the first epochs, then is schedule.lr (Goyal et al. 2017, 2.2)."""
-
-    epochs: Positive
-    first_lr: Positive
-    """Of the first update; Goyal et al.: that of one worker, 0.1."""
-
-
-class Cosine(_Section):
-    """The noise scale falls as (1 + cos πt)/2, t from 0 (after the warm-up) to 1 (the end).
-
-    With policy decay_lr the lr pays, as is common; with grow_batch the batch rises in steps, and
-    within a step the lr follows, so that each update has exactly the noise scale of the curve.
-    """
-
-    batch_factor: Annotated[float, Field(gt=1)] | None = None
-    """grow_batch only: by how much the batch rises at each step [2]."""
-
-
-class Raised(_Section):
-    """An lr or a momentum to start with instead, paid for by a larger first batch."""
-
-    lr: Positive | None = None
-    momentum: Momentum | None = None
-
-
-class ScheduleRecipe(_Section):
-    """When the noise scale falls, and who pays."""
-
-    policy: Literal["decay_lr", "hybrid", "grow_batch"]
-    epochs: Positive
-    lr: Positive
-    momentum: Momentum
-    global_batch: Count
-    max_global_batch: Count = 65_536
-    milestones: tuple[Milestone, ...] = ()
-    cosine: Cosine | None = None
-    """Instead of milestones."""
-    raised: Raised | None = None
-    warm_up: WarmUp | None = None
-    batch_multiple: Count = 1
-    """Each global batch is the nearest multiple of this; the lr makes up for the rounding."""
-    batch_milestones: Count | None = None
-    """hybrid only: so many first milestones are paid by the batch [1], the rest by the lr."""
-    momentum_change: Literal["keep", "rescale"] = "keep"
-    """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
-    momentum_start: Literal["zero", "corrected"] = "zero"
-    """corrected: the first updates are as long as if the buffer, which is zero, had settled.
-
-    In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m) (docs/studies)."""
-
-    @property
-    def first_lr(self) -> float:
-        """The lr the run starts with."""
-        return self.lr if self.raised is None or self.raised.lr is None else self.raised.lr
-
-    @property
-    def first_momentum(self) -> float:
-        """The momentum the run starts with."""
-        raised = self.raised
-        return self.momentum if raised is None or raised.momentum is None else raised.momentum
-
-    @property
-    def first_global_batch(self) -> int:
-        """The global batch the run starts with: g is that of lr, momentum and global_batch."""
-        return self.rounded(self.wanted_global_batch)
-
-    @property
-    def wanted_global_batch(self) -> float:
-        """The same before it is rounded."""
-        return batch_of_equal_noise(
-            self.global_batch,
-            lr=self.lr,
-            momentum=self.momentum,
-            new_lr=self.first_lr,
-            new_momentum=self.first_momentum,
-        )
-
-    def rounded(self, global_batch: float) -> int:
-        """The nearest multiple of batch_multiple, at least one, at most max_global_batch."""
-        largest = self.max_global_batch // self.batch_multiple
-        nearest = max(1, round(global_batch / self.batch_multiple))
-        return self.batch_multiple * min(nearest, largest)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "ScheduleRecipe":
-        epochs = [milestone.epoch for milestone in self.milestones]
-        if any(later <= earlier for earlier, later in pairwise(epochs)):
-            raise ValueError(
-                f"schedule.milestones: their epochs are {_listed(epochs)}; each must be later than "
-                "the one before it."
-            )
-        if epochs and epochs[-1] >= self.epochs:
-            raise ValueError(
-                f"schedule.milestones: the last is at epoch {epochs[-1]:g}; it must be before the "
-                f"end, schedule.epochs = {self.epochs:g}."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batch_fits(self) -> "ScheduleRecipe":
-        if self.global_batch > self.max_global_batch:
-            raise ValueError(
-                f"schedule.global_batch: {self.global_batch} is more than "
-                f"schedule.max_global_batch = {self.max_global_batch}; it must not be."
-            )
-        if self.global_batch % self.batch_multiple:
-            raise ValueError(
-                f"schedule.batch_multiple: {self.batch_multiple} does not divide "
-                f"schedule.global_batch = {self.global_batch}; it must."
-            )
-        wanted = round(self.wanted_global_batch)
-        if not self.batch_multiple <= wanted <= self.max_global_batch:
-            raise ValueError(
-                f"schedule.raised: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
-                f"the noise scale is kept by a first global batch of {wanted}; it must be from "
-                f"{self.batch_multiple} to schedule.max_global_batch = {self.max_global_batch}."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _warm_up_rises_and_ends(self) -> "ScheduleRecipe":
-        if self.warm_up is None:
-            return self
-        if self.warm_up.first_lr >= self.first_lr:
-            raise ValueError(
-                f"schedule.warm_up.first_lr: {self.warm_up.first_lr:g} must be smaller than the lr "
-                f"that it rises to, {self.first_lr:g}."
-            )
-        end = self.milestones[0].epoch if self.milestones else self.epochs
-        if self.warm_up.epochs >= end:
-            raise ValueError(
-                f"schedule.warm_up.epochs: {self.warm_up.epochs:g} must be fewer than "
-                + (
-                    f"the epoch of the first of schedule.milestones, {end:g}."
-                    if self.milestones
-                    else f"schedule.epochs = {end:g}."
-                )
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_way_to_fall(self) -> "ScheduleRecipe":
-        if self.cosine is None:
-            return self
-        if self.milestones:
-            raise ValueError(
-                "schedule.cosine: the noise scale falls along the curve or at "
-                "schedule.milestones; leave out one of the two."
-            )
-        if self.policy == "hybrid":
-            raise ValueError(
-                "schedule.policy: 'hybrid' shares milestones out, and schedule.cosine has none; it "
-                "must be decay_lr or grow_batch."
-            )
-        if self.policy == "decay_lr" and self.cosine.batch_factor is not None:
-            raise ValueError(
-                f"schedule.cosine.batch_factor: {self.cosine.batch_factor:g} has no effect with "
-                "policy decay_lr; leave it out, or set schedule.policy to grow_batch."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _correction_has_an_effect(self) -> "ScheduleRecipe":
-        if self.momentum_start == "corrected" and self.first_momentum == 0:
-            raise ValueError(
-                "schedule.momentum_start: 'corrected' has no effect with schedule.momentum = 0; "
-                "leave it out."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rescale_has_a_change(self) -> "ScheduleRecipe":
-        changes = any(milestone.momentum is not None for milestone in self.milestones)
-        if self.momentum_change == "rescale" and not changes:
-            raise ValueError(
-                "schedule.momentum_change: 'rescale' has no effect where momentum never changes; "
-                "leave it out, or give a milestone a momentum."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _hybrid_only(self) -> "ScheduleRecipe":
-        if self.policy != "hybrid":
-            if self.batch_milestones is not None:
-                raise ValueError(
-                    f"schedule.batch_milestones: {self.batch_milestones} has no effect with policy "
-                    f"{self.policy}; leave it out, or set schedule.policy to hybrid."
-                )
-        elif (self.batch_milestones or 1) > len(self.milestones):
-            raise ValueError(
-                f"schedule.batch_milestones: {self.batch_milestones or 1} milestones are to be paid "
-                f"by the batch, and schedule.milestones has {len(self.milestones)}; "
-                "it must have at least as many."
-            )
-        return self
-
-
 class OptimizerRecipe(_Section):
     """SGD's other settings."""
 
@@ -430,7 +222,7 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     data: DataRecipe
     model: ModelRecipe
-    schedule: ScheduleRecipe
+    schedule: Schedule
     optimizer: OptimizerRecipe
     layout: LayoutRecipe
     wire: WireRecipe = WireRecipe()
@@ -485,7 +277,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         return Recipe.model_validate(settings)
     except ValidationError as error:
         # an unknown key is often the misspelt one that is missing: it comes first
-        found = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
+        found = sorted(error.errors(), key=lambda details: details["type"] not in UNKNOWN_KEY)
         reasons = list(dict.fromkeys(_reason(details) for details in found[:MAX_REASONS]))
         if len(found) > MAX_REASONS:
             reasons.append(f"There are {len(found) - MAX_REASONS:,} more errors.")
@@ -563,18 +355,19 @@ def _reason(details: Any) -> str:
     location = details["loc"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
     kind, value = details["type"], details["input"]
-    if kind == "extra_forbidden":
+    if kind in UNKNOWN_KEY:
         allowed = _keys_at(location[:-1])
         hint = _did_you_mean(str(location[-1]), allowed)
         return f"{where}: there is no such key.{hint} Allowed: {', '.join(allowed)}."
     if kind == "missing":
         return f"{where}: it is missing and must be given."
     if kind == "value_error":
-        message = str(details["ctx"]["error"])
+        error = details["ctx"]["error"]
+        message = error.at(where) if isinstance(error, SettingError) else str(error)
         # a section's own check names its keys itself
         checks_section = isinstance(value, Mapping) or len(location) <= 1
         return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
-    if kind in ("model_type", "model_attributes_type"):
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
         return f"{where}: {_shown(value)} is no section; allowed keys: {', '.join(_keys_at(location))}."
     message = details["msg"].replace("Input should be", "it must be", 1)
     message = message[0].lower() + message[1:]
@@ -583,15 +376,24 @@ def _reason(details: Any) -> str:
 
 def _keys_at(location: Iterable[int | str]) -> list[str]:
     """The keys of the section at this place of a recipe."""
-    section: type[BaseModel] = Recipe
+    keys = _keys_of(Recipe)
     for part in location:
         if isinstance(part, str):
-            section = next(_sections_in(section.model_fields[part].annotation))
-    return list(section.model_fields)
+            keys = _keys_of(next(_sections_in(keys[part])))
+    return list(keys)
+
+
+def _keys_of(section: Any) -> dict[str, Any]:
+    """The annotation of each key of a section: one of pydantic's models, or a dataclass."""
+    if is_dataclass(section):
+        return {field.name: field.type for field in fields(section)}
+    return {name: field.annotation for name, field in section.model_fields.items()}
 
 
 def _sections_in(annotation: Any) -> Iterator[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or is_dataclass(annotation)
+    ):
         yield annotation
     for argument in get_args(annotation):
         yield from _sections_in(argument)
@@ -600,10 +402,6 @@ def _sections_in(annotation: Any) -> Iterator[Any]:
 def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(allowed), n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def _listed(numbers: Iterable[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _shown(value: Any) -> str:

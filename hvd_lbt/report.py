@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import span_of
+from hvd_lbt.stage_table import stage_cells
 
 Floats = NDArray[np.float64]
 
@@ -725,33 +725,17 @@ def _percent(share: float | None) -> str:
 
 
 def _stage_rows(group: Group) -> Rows:
-    rows: Rows = [
-        [
-            *("stage", "epochs", "global batch", "lr", "momentum", "g ≈ εN/B(1−m)", "g exact"),
-            *("samples", "updates planned", "updates done"),
-        ]
-    ]
     plan = group.runs[0].about["plan"]
+    rows = []
     for stage in plan["stages"]:
-        ends = (stage["first_sample"], stage["first_sample"] + stage["samples"])
         done = dict.fromkeys(
             int(np.sum(run.updates["stage"] == stage["index"])) for run in group.runs
         )
-        rows.append(
-            [
-                str(stage["index"] + 1),
-                "–".join(f"{round(end / plan['train_samples'], 2):g}" for end in ends),
-                f"{stage['global_batch']:,}",
-                span_of(stage["lr"], stage.get("last_lr", stage["lr"])),
-                f"{stage['momentum']:g}",
-                span_of(stage["noise_scale"], stage.get("last_noise_scale", stage["noise_scale"])),
-                f"{stage['exact_noise_scale']:,.4g}",
-                f"{stage['samples']:,}",
-                f"{stage['updates']:,}",
-                ", ".join(f"{count:,}" for count in done),
-            ]
-        )
-    return rows
+        cells = stage_cells(stage, plan["train_samples"])
+        rows.append(cells | {"updates done": ", ".join(f"{count:,}" for count in done)})
+    table: Rows = [list(rows[0])]
+    table.extend(list(cells.values()) for cells in rows)
+    return table
 
 
 def _version_rows(runs: Iterable[Run]) -> Rows:

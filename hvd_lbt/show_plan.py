@@ -8,8 +8,9 @@ from rich.console import Console
 
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import make_plan, render_plan
 from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.plan import make_plan
+from hvd_lbt.stage_table import render_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,18 +20,17 @@ from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.metrics import RunLog
 from hvd_lbt.models import RunningStatistics, build_model, check_one_sample, compiled, make_forward
-from hvd_lbt.plan import (
+from hvd_lbt.recipe import Recipe, load_recipe
+from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.run_lock import RunLock, own_run
+from hvd_lbt.schedule.plan import (
     Plan,
     Update,
-    ghost_batch_of,
     has_single_samples,
     layout_of,
     make_plan,
     micro_batch_ranges,
 )
-from hvd_lbt.recipe import Recipe, load_recipe
-from hvd_lbt.reducer import GradientReducer
-from hvd_lbt.run_lock import RunLock, own_run
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.world import World
 
@@ -102,7 +101,7 @@ def train(
     model = build_model(recipe.model, len(train_store.classes), recipe.layout.ghost_batch)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
-    if has_single_samples(plan, recipe):
+    if has_single_samples(plan, recipe.layout.ghost_batch):
         check_one_sample(model, recipe.data.image_size)
     statistics = RunningStatistics(model)
     optimizer = make_optimizer(model, recipe.optimizer, plan.at(0))
@@ -152,11 +151,12 @@ def train(
         log.flush()
         checkpoints.save(updates_done, state_after(updates_done), best=best)
 
+    cuts = recipe.layout.model_dump()
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
     batches = batch_maker(recipe.data).train_batches(
         train_store,
         recipe.data,
-        micro_batch_ranges(updates, recipe, world),
+        micro_batch_ranges(updates, world, **cuts),
         seed=recipe.run.seed,
         micro_batch=recipe.layout.micro_batch,
         device=device,
@@ -165,7 +165,7 @@ def train(
     )
     forward = make_forward(model, recipe.run)
     if recipe.run.compile:
-        sizes = {tuple(size) for _, *size in micro_batch_ranges(updates, recipe, world)}
+        sizes = {tuple(size) for _, *size in micro_batch_ranges(updates, world, **cuts)}
         forward = compiled(forward, graphs=len(sizes))
     sums = torch.zeros(3, device=device)  # of losses, of right answers, of samples not left out
     model.train()
@@ -174,12 +174,12 @@ def train(
 
     for update in updates:
         set_hyperparameters(optimizer, update, recipe.schedule)
-        statistics.use_ghost_batch(ghost_batch_of(update, recipe))
+        statistics.use_ghost_batch(update.ghost_batch or recipe.layout.ghost_batch)
         stop.ask(save=checkpoints.due())
         sums.zero_()
         noise.begin(update.index, update.global_batch)
         data_wait = 0.0
-        count = len(layout_of(update, recipe, world).micro_batches)
+        count = len(layout_of(update, world, **cuts).micro_batches)
         for index in range(count):
             batch, waited = timed_next(batches)
             data_wait += waited

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from hvd_lbt import comm
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
 from hvd_lbt.evaluate import local_device
-from hvd_lbt.layout import make_layout
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.schedule.layout import make_layout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,8 @@ from hvd_lbt.data.samples import LEFT_OUT, Batch, TrainSamples
 from hvd_lbt.data.store import Encoded, Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
-from hvd_lbt.layout import count_ghost_batches
 from hvd_lbt.recipe import DataRecipe
+from hvd_lbt.schedule.layout import count_ghost_batches
 
 try:
     from nvidia.dali import Pipeline, fn, types

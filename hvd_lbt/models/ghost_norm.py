@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.layout import count_ghost_batches
+from hvd_lbt.schedule.layout import count_ghost_batches
 
 
 class GhostBatchNorm2d(nn.Module):
     """Batch norm of (n, C, H, W) over groups of `ghost_batch` samples; the last takes the rest.
 
-    `hvd_lbt.layout.count_ghost_batches` says how large that is: a rest of one joins it.
+    `hvd_lbt.schedule.layout.count_ghost_batches` says how large that is: a rest of one joins it.
     Parameters, buffers and evaluation are those of `nn.BatchNorm2d`. In training, forward only
     *collects* the statistics of its groups; `RunningStatistics` folds the whole update's into the
     running ones, which therefore change once an update, alike on every rank.

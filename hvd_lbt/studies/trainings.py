@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 from hvd_lbt.data.digits import cache_folder, write_digits
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.report import Band, Group, Run, evaluated, measured, read_run
+from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
 
 Found = dict[str, Any]  # what a study measured, plain enough for JSON
@@ -125,8 +125,8 @@ def shortened(study: Study, updates: int, train_samples: int) -> Study:
         factor = updates * schedule.first_global_batch / (schedule.epochs * train_samples)
         overrides = [f"schedule.epochs={factor * schedule.epochs}"]
         if schedule.milestones:
-            milestones = [m.model_dump(mode="json", exclude_none=True) for m in schedule.milestones]
-            scaled = [m | {"epoch": factor * m["epoch"]} for m in milestones]
+            milestones = [asdict(milestone) for milestone in schedule.milestones]
+            scaled = [one | {"epoch": factor * one["epoch"]} for one in milestones]
             overrides.append(f"schedule.milestones={json.dumps(scaled)}")
         if schedule.warm_up is not None:
             overrides.append(f"schedule.warm_up.epochs={factor * schedule.warm_up.epochs}")

@@ -18,7 +18,7 @@ import pytest
 from launching import run_ranks
 from test_train import EXACT, ROUNDING, difference, events, last_state, train
 
-from hvd_lbt.plan import make_plan
+from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.recipe import load_recipe
 
 KILLS = int(os.environ.get("HVD_LBT_TEST_KILLS", "3"))

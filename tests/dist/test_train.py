@@ -12,7 +12,7 @@ import torch
 
 from hvd_lbt import checkpoint
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.plan import make_plan
+from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.recipe import load_recipe
 
 # Two epochs of a small network: 77 updates of 32, then 3 of up to 128.

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import SHIPPED, load_recipe, shipped_recipes
+from hvd_lbt.schedule.plan import make_plan
 
 PUBLISHED_UPDATES = {
     "cifar10_decay_lr": 78_125,

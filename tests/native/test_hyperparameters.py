@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
-from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import OptimizerRecipe, load_recipe
+from hvd_lbt.schedule.plan import make_plan
 
 
 def lengths(*overrides: str, nesterov: bool = False, updates: int = 8) -> list[float]:

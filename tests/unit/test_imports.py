@@ -1,6 +1,8 @@
 """The arrows of the design: which module may import which, held by parsing the sources."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "noise", "layout", "data.order", "data.cuts", "ops", "stop", "run_lock"},
-    {"plain_yaml"},
-    {"recipe", "schedule", "plan", "optim", "models"},
-    {"reducer", "hyperparameters", "data", "checkpoint", "metrics", "comm", "measure"},
+    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "run_lock"},
+    {"schedule", "plain_yaml"},
+    {"recipe", "optim", "models"},
+    {"reducer", "hyperparameters", "data", "checkpoint", "comm", "measure", "stage_table"},
+    {"metrics"},
     {"elastic_driver"},
     {"evaluate", "elastic"},
     {"train", "report", "show_plan", "doctor", "bench"},
@@ -29,17 +32,12 @@ USERS_OF_COMM = {"train", "evaluate", "elastic", "doctor", "bench", "studies", "
 PURE = {  # the standard library, and what is named
     "errors": set(),
     "world": set(),
-    "noise": set(),
-    "layout": set(),
-    "schedule": set(),
     "data.order": {"numpy"},
     "data.cuts": {"numpy"},
-    "plan": {"rich"},  # for the table it prints
     "plain_yaml": {"yaml"},
     "recipe": {"pydantic", "yaml"},
 }
-STANDARD = {"dataclasses", "collections", "itertools", "math", "bisect", "pathlib", "typing"}
-STANDARD |= {"difflib", "hashlib", "json", "os", "re", "stat"}
+SCHEDULE = [name for name in MODULES if name.startswith("hvd_lbt.schedule.")]
 
 
 def imports(name: str, *, everywhere: bool = True) -> set[str]:
@@ -93,4 +91,29 @@ def test_borders_have_one_door(name):
 @pytest.mark.parametrize("inner", sorted(PURE))
 def test_pure_modules_need_nothing_heavy(inner):
     packages = {found.split(".")[0] for found in imports(f"hvd_lbt.{inner}")}
-    assert packages <= STANDARD | {"hvd_lbt"} | PURE[inner]
+    assert packages <= sys.stdlib_module_names | {"hvd_lbt"} | PURE[inner]
+
+
+@pytest.mark.parametrize("name", SCHEDULE)
+def test_the_schedule_needs_the_standard_library_and_numpy_only(name):
+    packages = {found.split(".")[0] for found in imports(name)}
+    assert packages <= sys.stdlib_module_names | {"hvd_lbt", "numpy"}
+    assert {part(found) for found in own(name)} <= {"schedule", "errors", "world"}
+
+
+def test_importing_the_schedule_loads_nothing_else():
+    program = "import sys; import hvd_lbt.schedule; print(*sys.modules)"
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); {program}",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # -S: without site-packages, numpy included
+    packages = {loaded.split(".")[0] for loaded in ended.stdout.split()}
+    assert packages - sys.stdlib_module_names == {"__main__", "hvd_lbt"}

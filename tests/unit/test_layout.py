@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_lbt.layout import count_ghost_batches, make_layout
+from hvd_lbt.schedule.layout import count_ghost_batches, make_layout
 
 
 @given(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
-from hvd_lbt.layout import make_layout
+from hvd_lbt.schedule.layout import make_layout
 
 seeds = st.integers(0, 2**63 - 1)
 epochs = st.integers(0, 10**6)

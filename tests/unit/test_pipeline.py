@@ -20,8 +20,8 @@ from hvd_lbt.data import store as store_module
 from hvd_lbt.data.pipeline import LEFT_OUT, evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import ReadError, SampleError
-from hvd_lbt.plan import make_plan, micro_batch_ranges
 from hvd_lbt.recipe import Recipe, load_recipe
+from hvd_lbt.schedule.plan import make_plan, micro_batch_ranges
 from hvd_lbt.world import World
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def batches(store: Store, its: Recipe, world: World, first_update: int = 0, **op
     return train_batches(
         store,
         its.data,
-        micro_batch_ranges(updates, its, world),
+        micro_batch_ranges(updates, world, **its.layout.model_dump()),
         seed=its.run.seed,
         micro_batch=its.layout.micro_batch,
         device=CPU,
@@ -64,7 +64,7 @@ def stream(store: Store, its: Recipe, size: int = 1, first_update: int = 0, **op
     for rank in range(size):
         world = World(rank=rank, size=size)
         updates = [plan.at(index) for index in range(first_update, plan.updates)]
-        ranges = micro_batch_ranges(updates, its, world)
+        ranges = micro_batch_ranges(updates, world, **its.layout.model_dump())
         made = batches(store, its, world, first_update, **options)
         for (first, count, _), batch in zip(ranges, made, strict=True):
             assert batch.images.shape == (count, 3, its.data.image_size, its.data.image_size)

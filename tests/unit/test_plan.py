@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,14 +10,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
-from hvd_lbt.plan import ghost_batch_of, layout_of, make_plan, render_plan
-from hvd_lbt.recipe import ScheduleRecipe, load_recipe
-from hvd_lbt.schedule import phases
+from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
+from hvd_lbt.schedule.phases import phases
+from hvd_lbt.schedule.plan import layout_of, make_plan
+from hvd_lbt.schedule.settings import Cosine, Milestone, ScaledStart, Schedule, WarmUp
+from hvd_lbt.stage_table import render_plan
 from hvd_lbt.world import World
 
 
-def schedule(**changes) -> ScheduleRecipe:
+def schedule(**changes) -> Schedule:
     settings = {
         "policy": "grow_batch",
         "epochs": 10,
@@ -25,11 +28,16 @@ def schedule(**changes) -> ScheduleRecipe:
         "global_batch": 10,
         "milestones": [{"epoch": 4, "factor": 5}, {"epoch": 8, "factor": 5}],
     }
-    return ScheduleRecipe.model_validate(settings | changes)
+    settings |= changes
+    settings["milestones"] = tuple(Milestone(**one) for one in settings["milestones"])
+    for key, kind in {"cosine": Cosine, "raised": ScaledStart, "warm_up": WarmUp}.items():
+        if settings.get(key) is not None:
+            settings[key] = kind(**settings[key])
+    return Schedule(**settings)
 
 
 @st.composite
-def schedules(draw) -> ScheduleRecipe:
+def schedules(draw) -> Schedule:
     policy = draw(st.sampled_from(["decay_lr", "hybrid", "grow_batch"]))
     epochs = draw(st.lists(st.floats(0.1, 9.9), min_size=1, max_size=4, unique=True))
     return schedule(
@@ -90,7 +98,7 @@ def test_noise_falls_by_the_factor_whoever_pays(schedule):
 
 @given(schedules())
 def test_decaying_lr_leaves_the_batch_alone(schedule):
-    decayed = schedule.model_copy(update={"policy": "decay_lr"})
+    decayed = replace(schedule, policy="decay_lr", batch_milestones=None)
     assert {phase.global_batch for phase in phases(decayed)} == {schedule.global_batch}
 
 
@@ -344,10 +352,10 @@ def test_a_milestone_may_change_the_ghost_batch():
     recipe = load_recipe("digits", [f"schedule.milestones={falls}"])
     plan = make_plan(recipe.schedule, 1437)
     firsts = [plan.at(stage.first_update) for stage in plan.stages]
-    assert [ghost_batch_of(update, recipe) for update in firsts] == [16, 32, 32, 64]
+    assert [update.ghost_batch for update in firsts] == [None, 32, 32, 64]
     # 128 samples on 3 workers: 4 ghost batches of 32 go 1, 1, 2
     shares = [
-        layout_of(firsts[1], recipe, World(rank=rank, size=3, local_rank=rank, local_size=3))
+        layout_of(firsts[1], World(rank=rank, size=3), **recipe.layout.model_dump())
         for rank in range(3)
     ]
     assert [share.local_batch for share in shares] == [32, 32, 64]

@@ -1,5 +1,7 @@
 """Recipes: what is accepted, and what each mistake is told."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import yaml
 
@@ -71,7 +73,7 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
         (
             "schedule={policy: hybrid, epochs: 3, lr: 1, momentum: 0, global_batch: 8}",
             (
-                "schedule.batch_milestones: 1 milestones are to be paid by the batch, and "
+                "schedule.batch_milestones: 1 milestones are to raise the batch, and "
                 "schedule.milestones has 0"
             ),
         ),
@@ -152,8 +154,11 @@ def test_the_fingerprint_knows_what_changes_the_training():
 
 
 def test_a_recipe_is_frozen():
+    recipe = load_recipe("digits")
     with pytest.raises(ValueError, match="frozen"):
-        load_recipe("digits").schedule.lr = 3
+        recipe.name = "other"
+    with pytest.raises(FrozenInstanceError):
+        recipe.schedule.lr = 3
 
 
 def test_a_file_of_ones_own_with_a_base(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from hvd_lbt import report
 from hvd_lbt.cli import main
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.plan import make_plan
 
 
 def write_run(folder, *, seed=0, policy="digits", updates=None, nan_at=None):

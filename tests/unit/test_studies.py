@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.plan import make_plan
 from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.studies import published
 from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
 from hvd_lbt.studies.trainings import compact_json, page, shortened, spread

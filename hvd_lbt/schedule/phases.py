@@ -1,4 +1,4 @@
-"""Who pays when the noise scale falls: the learning rate or the batch (pure)."""
+"""From a schedule to phases: what changes at each fall of the noise scale, lr or batch (pure)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from itertools import count, pairwise
 from math import acos, cos, pi, prod
 from typing import Literal
 
-from hvd_lbt.recipe import ScheduleRecipe
+from hvd_lbt.schedule.settings import Schedule
 
 Shape = Literal["constant", "warm_up", "cosine"]
 
@@ -26,7 +26,7 @@ class Phase:
     ghost_batch: int | None = None
 
 
-def phases(schedule: ScheduleRecipe) -> tuple[Phase, ...]:
+def phases(schedule: Schedule) -> tuple[Phase, ...]:
     """One phase for the warm-up, one for what follows it, one for each fall of the noise scale."""
     falls = _cosine(schedule) if schedule.cosine else _milestones(schedule)
     if schedule.warm_up is None:
@@ -50,7 +50,7 @@ def phases(schedule: ScheduleRecipe) -> tuple[Phase, ...]:
     return (rise, rest, *later)
 
 
-def lr_share(schedule: ScheduleRecipe, shape: Shape, epoch: float) -> float:
+def lr_share(schedule: Schedule, shape: Shape, epoch: float) -> float:
     """The lr of an update that begins at `epoch`, as a share of its phase's lr.
 
     warm_up: s + (1−s)·epoch/W for first_lr = s·lr and W epochs (Goyal et al. 2017, 2.2); cosine:
@@ -68,23 +68,18 @@ def lr_share(schedule: ScheduleRecipe, shape: Shape, epoch: float) -> float:
     return 1.0
 
 
-def _milestones(schedule: ScheduleRecipe) -> Iterator[Phase]:
+def _milestones(schedule: Schedule) -> Iterator[Phase]:
     """One phase for the start and one for each milestone.
 
     At milestone k the noise scale g ∝ ε/(B(1−m)) falls by its factor, and the momentum may change
     from m' to m; so ε/B falls by f_k = factor·(1−m')/(1−m). After k milestones the batch has been
     asked to grow by P, the product of those f that the policy gives to the batch: none (decay_lr),
     the first `batch_milestones` (hybrid), all (grow_batch). The batch is B = P·B_0, rounded to a
-    multiple and at most max_global_batch, and the learning rate pays the rest, so that g is met
+    multiple and at most max_global_batch, and the learning rate does the rest, so that g is met
     exactly: ε = ε_0·(B/B_0)/(f_1·…·f_k). B_0 is the batch of the first noise scale, not rounded,
     and all factors are cumulative, so rounding does not add up.
     """
     milestones = schedule.milestones
-    paid_by_batch = {
-        "decay_lr": 0,
-        "hybrid": schedule.batch_milestones or 1,
-        "grow_batch": len(milestones),
-    }[schedule.policy]
     momenta = [schedule.first_momentum]
     for milestone in milestones:
         momenta.append(momenta[-1] if milestone.momentum is None else milestone.momentum)
@@ -96,7 +91,7 @@ def _milestones(schedule: ScheduleRecipe) -> Iterator[Phase]:
     ghost_batch = None
     for passed in range(len(milestones) + 1):
         fall = prod(factors[:passed])
-        growth = prod(factors[: min(passed, paid_by_batch)])
+        growth = prod(factors[: min(passed, schedule.growing_milestones)])
         global_batch = schedule.rounded(first_batch * growth)
         if passed:
             ghost_batch = milestones[passed - 1].ghost_batch or ghost_batch
@@ -109,7 +104,7 @@ def _milestones(schedule: ScheduleRecipe) -> Iterator[Phase]:
         )
 
 
-def _cosine(schedule: ScheduleRecipe) -> Iterator[Phase]:
+def _cosine(schedule: Schedule) -> Iterator[Phase]:
     """One phase, or with grow_batch one for each rise of the batch.
 
     The batch is B_k = min(factor^k·B_0, max_global_batch) from where the curve has fallen to B_0/B_k
@@ -139,5 +134,5 @@ def _cosine(schedule: ScheduleRecipe) -> Iterator[Phase]:
         before = max(before, global_batch)
 
 
-def _cosine_begin(schedule: ScheduleRecipe) -> float:
+def _cosine_begin(schedule: Schedule) -> float:
     return schedule.warm_up.epochs if schedule.warm_up else 0.0

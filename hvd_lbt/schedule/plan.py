@@ -4,19 +4,15 @@ The one place where epochs become samples and samples become updates.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from hvd_lbt.errors import UserError
-from hvd_lbt.layout import Layout, make_layout
-from hvd_lbt.noise import exact_noise_scale, noise_scale
-from hvd_lbt.recipe import Recipe, ScheduleRecipe
-from hvd_lbt.schedule import Phase, Shape, lr_share, phases
+from hvd_lbt.schedule.layout import Layout, make_layout
+from hvd_lbt.schedule.noise import exact_noise_scale, noise_scale
+from hvd_lbt.schedule.phases import Phase, Shape, lr_share, phases
+from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.world import World
 
 
@@ -72,7 +68,7 @@ class Update:
 class Plan:
     """All updates of a run, as stages in order."""
 
-    schedule: ScheduleRecipe
+    schedule: Schedule
     train_samples: int
     stages: tuple[Stage, ...]
 
@@ -118,7 +114,7 @@ class Plan:
         )
 
 
-def make_plan(schedule: ScheduleRecipe, train_samples: int) -> Plan:
+def make_plan(schedule: Schedule, train_samples: int) -> Plan:
     """The plan of a schedule for N = `train_samples`.
 
     A stage runs as many full updates as end at or before its milestone, in samples seen from the
@@ -158,7 +154,7 @@ def make_plan(schedule: ScheduleRecipe, train_samples: int) -> Plan:
 
 
 def _stage(
-    schedule: ScheduleRecipe,
+    schedule: Schedule,
     index: int,
     span: Phase,
     train_samples: int,
@@ -189,137 +185,34 @@ def _stage(
     )
 
 
-def ghost_batch_of(update: Update, recipe: Recipe) -> int:
-    """Samples that share batch-norm statistics in `update`."""
-    return update.ghost_batch or recipe.layout.ghost_batch
-
-
-def has_single_samples(plan: Plan, recipe: Recipe) -> bool:
+def has_single_samples(plan: Plan, ghost_batch: int) -> bool:
     """Whether some ghost batch of the plan has one sample only."""
-    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
+    ghosts = [stage.ghost_batch or ghost_batch for stage in plan.stages]
     batches = [stage.global_batch for stage in plan.stages]
     return 1 in (*ghosts, *batches, plan.at(plan.updates - 1).global_batch)
 
 
-def layout_of(update: Update, recipe: Recipe, world: World) -> Layout:
-    """This rank's micro-batches of `update`."""
+def layout_of(update: Update, world: World, *, micro_batch: int, ghost_batch: int) -> Layout:
+    """This rank's micro-batches of `update`; ghost_batch: where the update has none of its own."""
     return make_layout(
         update.global_batch,
         rank=world.rank,
         size=world.size,
-        micro_batch=recipe.layout.micro_batch,
-        ghost_batch=ghost_batch_of(update, recipe),
+        micro_batch=micro_batch,
+        ghost_batch=update.ghost_batch or ghost_batch,
     )
 
 
 def micro_batch_ranges(
-    updates: list[Update], recipe: Recipe, world: World
+    updates: Iterable[Update], world: World, *, micro_batch: int, ghost_batch: int
 ) -> Iterator[tuple[int, int, int]]:
     """(first sample of the stream, count, ghost batch) of each micro-batch of this rank."""
     for update in updates:
-        for micro_batch in layout_of(update, recipe, world).micro_batches:
-            first = update.samples_seen + micro_batch.start
-            yield first, len(micro_batch), ghost_batch_of(update, recipe)
+        layout = layout_of(update, world, micro_batch=micro_batch, ghost_batch=ghost_batch)
+        for part in layout.micro_batches:
+            yield update.samples_seen + part.start, len(part), update.ghost_batch or ghost_batch
 
 
-def workers_of(stage: Stage, recipe: Recipe) -> int | None:
-    """How many workers the stage is worth, at one local batch each; None if the recipe does not say."""
-    local_batch = recipe.elastic.local_batch
+def target_workers(stage: Stage, local_batch: int | None) -> int | None:
+    """ceil(global_batch / local_batch) workers for the stage; None without a local batch."""
     return None if local_batch is None else -(-stage.global_batch // local_batch)
-
-
-def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
-    """The stages as a table for the terminal, with what `workers` workers do in one update.
-
-    A recipe that says what a worker is for (elastic.local_batch) counts its own workers.
-    """
-    table = Table(
-        title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, "
-        f"{recipe.schedule.policy}"
-    )
-    for heading in (
-        "stage",
-        "epochs",
-        "global batch",
-        "micro-batches a worker",
-        "lr",
-        "momentum",
-        "g ≈ εN/B(1−m)",
-        "g exact",
-        "updates",
-    ):
-        table.add_column(heading, justify="right")
-    if recipe.elastic.local_batch:
-        table.add_column("workers", justify="right")
-    notes = []
-    unmeasured = []
-    for stage in plan.stages:
-        ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
-        wished = workers_of(stage, recipe)
-        workers = wished or workers
-        shares, parts, idle = _shares(recipe, stage.global_batch, ghost_batch, workers)
-        ends = (stage.first_sample, stage.first_sample + stage.samples)
-        table.add_row(
-            str(stage.index + 1),
-            "–".join(f"{round(end / plan.train_samples, 2):g}" for end in ends),
-            f"{stage.global_batch:,}",
-            shares,
-            span_of(stage.lr, stage.last_lr),
-            f"{stage.momentum:g}",
-            span_of(stage.noise_scale, stage.last_noise_scale),
-            f"{stage.exact_noise_scale:,.4g}",
-            f"{stage.updates:,}",
-            *([f"{wished:,}"] if wished else []),
-        )
-        if parts == 1 and recipe.run.noise_every:
-            unmeasured.append(str(stage.index + 1))
-        if idle:
-            notes.append(
-                f"Warning: in stage {stage.index + 1} {idle} of {workers} workers have no samples: "
-                f"{stage.global_batch:,} samples are only {workers - idle} ghost batches of "
-                f"{ghost_batch}."
-            )
-    if unmeasured:
-        notes.append(
-            f"The gradient's noise is not measured in stage {', '.join(unmeasured)}: there an update is "
-            "one micro-batch."
-        )
-    last = plan.at(plan.updates - 1).global_batch
-    if last < plan.stages[-1].global_batch:
-        notes.append(
-            f"The last update takes the {last:,} samples that are left, with an lr smaller in proportion."
-        )
-    elif last > plan.stages[-1].global_batch:
-        notes.append(
-            f"The last update takes {last:,} samples, one more than the others: a single sample was "
-            "left, and batch norm needs two."
-        )
-    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
-    if len(set(ghosts)) > 1:
-        notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
-    missing = len(phases(recipe.schedule)) - len(plan.stages)
-    if missing:
-        notes.append(f"Warning: {missing} stages are shorter than one update and left out.")
-    return Group(table, *(Text(note) for note in notes))
-
-
-def span_of(first: float, last: float) -> str:
-    """What a stage begins and ends with, such as `0.1–3.2`; one number if they read the same."""
-    return "–".join(dict.fromkeys(f"{value:,.4g}" for value in (first, last)))
-
-
-def _shares(
-    recipe: Recipe, global_batch: int, ghost_batch: int, workers: int
-) -> tuple[str, int, int]:
-    """Micro-batches of one update on each worker, such as `2 × 64`, of all, and workers without."""
-    settings = {"micro_batch": recipe.layout.micro_batch, "ghost_batch": ghost_batch}
-    layouts = [
-        make_layout(global_batch, rank=rank, size=workers, **settings) for rank in range(workers)
-    ]
-    every = [len(layout.micro_batches) for layout in layouts]
-    counts = sorted(set(every))
-    largest = max(len(part) for layout in layouts for part in layout.micro_batches)
-    smallest = min(len(part) for layout in layouts for part in layout.micro_batches)
-    number = "–".join(f"{count:,}" for count in sorted({counts[0], counts[-1]}))
-    sizes = "–".join(str(size) for size in sorted({smallest, largest}))
-    return f"{number} × {sizes}", sum(every), every.count(0)

@@ -1,0 +1,42 @@
+"""The schedule of the noise scale: settings → phases → a plan of updates → each worker's part (pure).
+
+    from hvd_lbt.schedule import Milestone, Schedule, make_plan
+
+    fall = Milestone(epoch=30, factor=5)
+    schedule = Schedule(
+        policy="grow_batch", epochs=90, lr=0.1, momentum=0.9, global_batch=256, milestones=(fall,)
+    )
+    plan = make_plan(schedule, train_samples=50_000)
+
+It needs the standard library only.
+"""
+
+from hvd_lbt.schedule.layout import Layout, make_layout
+from hvd_lbt.schedule.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
+from hvd_lbt.schedule.plan import Plan, Stage, Update, make_plan
+from hvd_lbt.schedule.settings import (
+    Cosine,
+    Milestone,
+    ScaledStart,
+    Schedule,
+    SettingError,
+    WarmUp,
+)
+
+__all__ = [
+    "Cosine",
+    "Layout",
+    "Milestone",
+    "Plan",
+    "ScaledStart",
+    "Schedule",
+    "SettingError",
+    "Stage",
+    "Update",
+    "WarmUp",
+    "batch_of_equal_noise",
+    "exact_noise_scale",
+    "make_layout",
+    "make_plan",
+    "noise_scale",
+]

@@ -1,0 +1,341 @@
+"""The settings of a schedule: when the noise scale falls, and what changes then (pure).
+
+Frozen dataclasses of the standard library, checked when they are made: an impossible value, or a
+setting that can have no effect, is a `SettingError` that names it. All arithmetic of batches is in
+this package; a recipe (YAML) only fills these classes in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice, pairwise
+from math import inf, isfinite
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.schedule.noise import batch_of_equal_noise
+
+
+class SettingError(UserError):
+    """Settings that cannot be.
+
+    problems: each begins with the key inside of `settings`, such as `.lr: -1 is not allowed; …`.
+    """
+
+    def __init__(self, settings: str, *problems: str):
+        super().__init__(" ".join(f"{settings}{problem}" for problem in problems))
+        self.problems = problems
+
+    def at(self, place: str) -> str:
+        """The message with the place where the settings were read, such as `schedule.milestones[0]`."""
+        return " ".join(f"{place}{problem}" for problem in self.problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a number must be: greater than `above`, at least `least`, less than `below`."""
+
+    above: float = -inf
+    least: float = -inf
+    below: float = inf
+
+    def wanted(self, number: float) -> str:
+        """What `number` would have to be; empty if it is."""
+        if number <= self.above:
+            return f"greater than {self.above:g}"
+        if number < self.least:
+            return f"greater than or equal to {self.least:g}"
+        return f"less than {self.below:g}" if number >= self.below else ""
+
+
+Count = Annotated[int, Bounds(least=1)]
+Positive = Annotated[float, Bounds(above=0)]
+Factor = Annotated[float, Bounds(above=1)]
+Momentum = Annotated[float, Bounds(least=0, below=1)]
+
+
+class _Checked:
+    """Base of the settings: checks each value against the annotation of its field."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _fitted(value, field.type))
+            except _UnfitError as error:
+                problems.append(
+                    f".{field.name}: {_shown(value)} is not allowed; it must be {error}."
+                )
+        # Conflicts compare values, so all of them must be sound; the first often explains the rest.
+        problems = problems or list(islice(self._conflicts(), 1))
+        if problems:
+            raise SettingError(_name_of(type(self)), *problems)
+
+    def _conflicts(self) -> Iterator[str]:
+        """Which settings cannot be together, each as in `SettingError.problems`."""
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milestone(_Checked):
+    """At `epoch` the noise scale falls by `factor`."""
+
+    epoch: Positive
+    factor: Factor
+    momentum: Momentum | None = None
+    """The momentum from here on; batch or lr change so that the noise scale is as planned."""
+    ghost_batch: Count | None = None
+    """The ghost batch from here on; None: as before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp(_Checked):
+    """The lr rises linearly over the first epochs, then is schedule.lr (Goyal et al. 2017, 2.2)."""
+
+    epochs: Positive
+    first_lr: Positive
+    """Of the first update; Goyal et al.: that of one worker, 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Checked):
+    """The noise scale falls as (1 + cos πt)/2, t from 0 (after the warm-up) to 1 (the end).
+
+    With policy decay_lr the lr follows the curve, as is common; with grow_batch the batch rises in
+    steps, and within a step the lr follows, so that each update has exactly the noise scale of the
+    curve.
+    """
+
+    batch_factor: Factor | None = None
+    """grow_batch only: by how much the batch rises at each step [2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledStart(_Checked):
+    """Start from a larger lr or momentum; the first batch grows to keep the noise scale."""
+
+    lr: Positive | None = None
+    momentum: Momentum | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(_Checked):
+    """When the noise scale falls, and whether the learning rate or the batch changes for it."""
+
+    policy: Literal["decay_lr", "hybrid", "grow_batch"]
+    epochs: Positive
+    lr: Positive
+    momentum: Momentum
+    global_batch: Count
+    max_global_batch: Count = 65_536
+    milestones: tuple[Milestone, ...] = ()
+    cosine: Cosine | None = None
+    """Instead of milestones."""
+    raised: ScaledStart | None = None
+    warm_up: WarmUp | None = None
+    batch_multiple: Count = 1
+    """Each global batch is the nearest multiple of this; the lr makes up for the rounding."""
+    batch_milestones: Count | None = None
+    """hybrid only: so many first milestones raise the batch [1], the rest lower the lr."""
+    momentum_change: Literal["keep", "rescale"] = "keep"
+    """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
+    momentum_start: Literal["zero", "corrected"] = "zero"
+    """corrected: the first updates are as long as if the buffer, which is zero, had settled.
+
+    In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m) (docs/studies)."""
+
+    @property
+    def first_lr(self) -> float:
+        """The lr the run starts with."""
+        return self.lr if self.raised is None or self.raised.lr is None else self.raised.lr
+
+    @property
+    def first_momentum(self) -> float:
+        """The momentum the run starts with."""
+        start = self.raised
+        return self.momentum if start is None or start.momentum is None else start.momentum
+
+    @property
+    def first_global_batch(self) -> int:
+        """The global batch the run starts with: g is that of lr, momentum and global_batch."""
+        return self.rounded(self.wanted_global_batch)
+
+    @property
+    def wanted_global_batch(self) -> float:
+        """The same before it is rounded."""
+        return batch_of_equal_noise(
+            self.global_batch,
+            lr=self.lr,
+            momentum=self.momentum,
+            new_lr=self.first_lr,
+            new_momentum=self.first_momentum,
+        )
+
+    @property
+    def growing_milestones(self) -> int:
+        """How many of the first milestones raise the batch; the others lower the lr."""
+        return {
+            "decay_lr": 0,
+            "hybrid": self.batch_milestones or 1,
+            "grow_batch": len(self.milestones),
+        }[self.policy]
+
+    def rounded(self, global_batch: float) -> int:
+        """The nearest multiple of batch_multiple, at least one, at most max_global_batch."""
+        largest = self.max_global_batch // self.batch_multiple
+        nearest = max(1, round(global_batch / self.batch_multiple))
+        return self.batch_multiple * min(nearest, largest)
+
+    def _conflicts(self) -> Iterator[str]:
+        yield from self._milestone_conflicts()
+        yield from self._batch_conflicts()
+        yield from self._warm_up_conflicts()
+        yield from self._cosine_conflicts()
+        yield from self._momentum_conflicts()
+        yield from self._hybrid_conflicts()
+
+    def _milestone_conflicts(self) -> Iterator[str]:
+        epochs = [milestone.epoch for milestone in self.milestones]
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
+            yield (
+                f".milestones: their epochs are {', '.join(f'{epoch:g}' for epoch in epochs)}; each "
+                "must be later than the one before it."
+            )
+        if epochs and epochs[-1] >= self.epochs:
+            yield (
+                f".milestones: the last is at epoch {epochs[-1]:g}; it must be before the end, "
+                f"schedule.epochs = {self.epochs:g}."
+            )
+
+    def _batch_conflicts(self) -> Iterator[str]:
+        if self.global_batch > self.max_global_batch:
+            yield (
+                f".global_batch: {self.global_batch} is more than "
+                f"schedule.max_global_batch = {self.max_global_batch}; it must not be."
+            )
+        if self.global_batch % self.batch_multiple:
+            yield (
+                f".batch_multiple: {self.batch_multiple} does not divide "
+                f"schedule.global_batch = {self.global_batch}; it must."
+            )
+        wanted = round(self.wanted_global_batch)
+        if not self.batch_multiple <= wanted <= self.max_global_batch:
+            yield (
+                f".raised: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
+                f"the noise scale is kept by a first global batch of {wanted}; it must be from "
+                f"{self.batch_multiple} to schedule.max_global_batch = {self.max_global_batch}."
+            )
+
+    def _warm_up_conflicts(self) -> Iterator[str]:
+        if self.warm_up is None:
+            return
+        if self.warm_up.first_lr >= self.first_lr:
+            yield (
+                f".warm_up.first_lr: {self.warm_up.first_lr:g} must be smaller than the lr "
+                f"that it rises to, {self.first_lr:g}."
+            )
+        end = self.milestones[0].epoch if self.milestones else self.epochs
+        if self.warm_up.epochs >= end:
+            yield f".warm_up.epochs: {self.warm_up.epochs:g} must be fewer than " + (
+                f"the epoch of the first of schedule.milestones, {end:g}."
+                if self.milestones
+                else f"schedule.epochs = {end:g}."
+            )
+
+    def _cosine_conflicts(self) -> Iterator[str]:
+        if self.cosine is None:
+            return
+        if self.milestones:
+            yield (
+                ".cosine: the noise scale falls along the curve or at schedule.milestones; leave "
+                "out one of the two."
+            )
+        if self.policy == "hybrid":
+            yield (
+                ".policy: 'hybrid' shares milestones out, and schedule.cosine has none; it must be "
+                "decay_lr or grow_batch."
+            )
+        if self.policy == "decay_lr" and self.cosine.batch_factor is not None:
+            yield (
+                f".cosine.batch_factor: {self.cosine.batch_factor:g} has no effect with policy "
+                "decay_lr; leave it out, or set schedule.policy to grow_batch."
+            )
+
+    def _momentum_conflicts(self) -> Iterator[str]:
+        if self.momentum_start == "corrected" and self.first_momentum == 0:
+            yield (
+                ".momentum_start: 'corrected' has no effect with schedule.momentum = 0; leave it "
+                "out."
+            )
+        changes = any(milestone.momentum is not None for milestone in self.milestones)
+        if self.momentum_change == "rescale" and not changes:
+            yield (
+                ".momentum_change: 'rescale' has no effect where momentum never changes; leave it "
+                "out, or give a milestone a momentum."
+            )
+
+    def _hybrid_conflicts(self) -> Iterator[str]:
+        if self.policy != "hybrid":
+            if self.batch_milestones is not None:
+                yield (
+                    f".batch_milestones: {self.batch_milestones} has no effect with policy "
+                    f"{self.policy}; leave it out, or set schedule.policy to hybrid."
+                )
+        elif self.growing_milestones > len(self.milestones):
+            yield (
+                f".batch_milestones: {self.growing_milestones} milestones are to raise the batch, "
+                f"and schedule.milestones has {len(self.milestones)}; it must have at least as many."
+            )
+
+
+class _UnfitError(Exception):
+    """What a value would have to be, as its message."""
+
+
+def _fitted(value: Any, kind: Any) -> Any:
+    """`value` as its annotation says: int, float, a literal, settings, a tuple of them, or None."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        one, _ = sorted(arguments, key=lambda argument: argument is NoneType)
+        return None if value is None else _fitted(value, one)
+    if origin is Annotated:
+        number = _fitted(value, arguments[0])
+        if wanted := arguments[1].wanted(number):
+            raise _UnfitError(wanted)
+        return number
+    if origin is Literal:
+        if value not in arguments:
+            *others, last = map(repr, arguments)
+            raise _UnfitError(f"{', '.join(others)} or {last}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _UnfitError(f"a tuple of {arguments[0].__name__}")
+        return tuple(_fitted(part, arguments[0]) for part in value)
+    if is_dataclass(kind):
+        if not isinstance(value, kind):  # type: ignore[arg-type]  # a class
+            raise _UnfitError(f"a {kind.__name__}")  # type: ignore[union-attr]
+        return value
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise _UnfitError("a whole number")
+        return int(value)
+    assert kind is float, kind
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _UnfitError("a number")
+    if not isfinite(value):
+        raise _UnfitError("a finite number")
+    return float(value)
+
+
+def _name_of(kind: type) -> str:
+    """What a recipe calls these settings: `warm_up` for WarmUp."""
+    name = kind.__name__
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)[1:]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value).removesuffix(".0")
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,128 @@
+"""The table of a plan's stages: one set of columns for the terminal and for the report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.layout import make_layout
+from hvd_lbt.schedule.phases import phases
+from hvd_lbt.schedule.plan import Plan, Stage, target_workers
+
+
+def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
+    """The text of each column by its heading; stage: the fields of a `Stage`.
+
+    Runs of older versions have no last_lr and last_noise_scale: there both are constant.
+    """
+    ends = (stage["first_sample"], stage["first_sample"] + stage["samples"])
+    return {
+        "stage": str(stage["index"] + 1),
+        "epochs": "–".join(f"{round(end / train_samples, 2):g}" for end in ends),
+        "global batch": f"{stage['global_batch']:,}",
+        "lr": _from_to(stage, "lr"),
+        "momentum": f"{stage['momentum']:g}",
+        "g ≈ εN/B(1−m)": _from_to(stage, "noise_scale"),
+        "g exact": f"{stage['exact_noise_scale']:,.4g}",
+        "samples": f"{stage['samples']:,}",
+        "updates": f"{stage['updates']:,}",
+    }
+
+
+def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
+    """The stages as a table for the terminal, with what `workers` workers do in one update.
+
+    A recipe that says what a worker is for (elastic.local_batch) counts its own workers.
+    """
+    rows = []
+    for stage in plan.stages:
+        target = target_workers(stage, recipe.elastic.local_batch)
+        cells = stage_cells(asdict(stage), plan.train_samples)
+        cells["micro-batches a worker"] = _shares(recipe, stage, target or workers).text
+        rows.append(cells | ({"workers": f"{target:,}"} if target else {}))
+    table = Table(
+        title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, "
+        f"{recipe.schedule.policy}"
+    )
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for cells in rows:
+        table.add_row(*cells.values())
+    return Group(table, *(Text(note) for note in _notes(recipe, plan, workers)))
+
+
+def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
+    """What the table does not show: idle workers, what is not measured, a smaller last update."""
+    notes = []
+    unmeasured = []
+    for stage in plan.stages:
+        wanted = target_workers(stage, recipe.elastic.local_batch) or workers
+        shares = _shares(recipe, stage, wanted)
+        if shares.micro_batches == 1 and recipe.run.noise_every:
+            unmeasured.append(str(stage.index + 1))
+        if shares.idle:
+            notes.append(
+                f"Warning: in stage {stage.index + 1} {shares.idle} of {wanted} workers have no "
+                f"samples: {stage.global_batch:,} samples are only {wanted - shares.idle} ghost "
+                f"batches of {stage.ghost_batch or recipe.layout.ghost_batch}."
+            )
+    if unmeasured:
+        notes.append(
+            f"The gradient's noise is not measured in stage {', '.join(unmeasured)}: there an "
+            "update is one micro-batch."
+        )
+    last = plan.at(plan.updates - 1).global_batch
+    if last < plan.stages[-1].global_batch:
+        notes.append(
+            f"The last update takes the {last:,} samples that are left, with an lr smaller in "
+            "proportion."
+        )
+    elif last > plan.stages[-1].global_batch:
+        notes.append(
+            f"The last update takes {last:,} samples, one more than the others: a single sample was "
+            "left, and batch norm needs two."
+        )
+    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
+    if len(set(ghosts)) > 1:
+        notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
+    missing = len(phases(recipe.schedule)) - len(plan.stages)
+    if missing:
+        notes.append(f"Warning: {missing} stages are shorter than one update and left out.")
+    return notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shares:
+    """Of one update: micro-batches of each worker, such as `2 × 64`, of all, and idle workers."""
+
+    text: str
+    micro_batches: int
+    idle: int
+
+
+def _shares(recipe: Recipe, stage: Stage, workers: int) -> _Shares:
+    layouts = [
+        make_layout(
+            stage.global_batch,
+            rank=rank,
+            size=workers,
+            micro_batch=recipe.layout.micro_batch,
+            ghost_batch=stage.ghost_batch or recipe.layout.ghost_batch,
+        )
+        for rank in range(workers)
+    ]
+    every = [len(layout.micro_batches) for layout in layouts]
+    sizes = [len(part) for layout in layouts for part in layout.micro_batches]
+    number = "–".join(f"{count:,}" for count in sorted({min(every), max(every)}))
+    size = "–".join(str(size) for size in sorted({min(sizes), max(sizes)}))
+    return _Shares(text=f"{number} × {size}", micro_batches=sum(every), idle=every.count(0))
+
+
+def _from_to(stage: Mapping[str, Any], key: str) -> str:
+    """A stage's first and last value, such as `0.1–3.2`; one number if they read the same."""
+    ends = (stage[key], stage.get(f"last_{key}", stage[key]))
+    return "–".join(dict.fromkeys(f"{value:,.4g}" for value in ends))
