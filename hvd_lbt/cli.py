@@ -1,4 +1,4 @@
-"""The command line: find the module that owns the command, call it, tell errors in one paragraph."""
+"""The command line: find the module that owns the command, call it, print errors in one paragraph."""
 
 import argparse
 import importlib
@@ -8,8 +8,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
+from hvd_lbt import terminal
 from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.terminal import printable
 
 # Each module has add_arguments(parser) and main(args); it is imported when its command is called,
 # so that `plan` works on a login node where Horovod does not.
@@ -17,18 +20,18 @@ COMMANDS = {
     "train": ("hvd_lbt.train", "train a recipe, alone or under horovodrun, mpirun or srun"),
     "elastic": ("hvd_lbt.elastic_driver", "train on workers that may come and go"),
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
+    "recipes": ("hvd_lbt.show_recipes", "list the shipped recipes, or print one as a whole"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
     "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
     "study": ("hvd_lbt.study", "re-make a claim of the papers, and say whether it held"),
-    "study trainings": ("hvd_lbt.studies.worker", "train a list of recipes; `study` calls it"),
     "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
     "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),
     "bench allreduce": ("hvd_lbt.bench.allreduce", "bus bandwidth against message size"),
     "bench checkpoint": ("hvd_lbt.bench.checkpoint", "what a checkpoint costs an update"),
     "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
     "bench train": ("hvd_lbt.bench.train", "the whole loop against a bare PyTorch loop"),
-    "doctor": ("hvd_lbt.doctor", "check the installation and name what mends it"),
+    "doctor": ("hvd_lbt.doctor", "check the installation and print the fix for what fails"),
     "data check": ("hvd_lbt.data.check", "decode every image and list what is bad"),
     "data convert": (
         "hvd_lbt.data.convert",
@@ -36,8 +39,15 @@ COMMANDS = {
     ),
     "data digits": ("hvd_lbt.data.digits", "write the built-in data set as image files"),
 }
+GROUPS = {
+    "bench": "measure speed, each part against its peers",
+    "data": "check, convert or write a data set",
+}
+STUDY_WORKER = "study-trainings"  # a study's own worker processes: not listed
+HIDDEN = {STUDY_WORKER: ("hvd_lbt.studies.worker", "train a list of recipes one after another")}
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 # A launcher kills all ranks when one fails: the rank that tells the reason must come first.
 SECONDS_TO_TELL = 3.0
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -45,33 +55,31 @@ RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PR
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point `hvd_lbt`: the exit code is 0, 2 for a user's error, or the command's own."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    name = next(
-        (n for n in (" ".join(words[:2]), words[0] if words else "") if n in COMMANDS), None
-    )
-    if name is None:
-        stream = sys.stdout if words in ([], ["-h"], ["--help"]) else sys.stderr
-        print(
-            "usage: hvd_lbt COMMAND …; `hvd_lbt COMMAND --help` tells its arguments\n", file=stream
-        )
-        for command, (_, what) in COMMANDS.items():
-            print(f"  {command:<16} {what}", file=stream)
-        if stream is sys.stderr:
-            print(f"\nhvd_lbt: there is no command {' '.join(words[:2])!r}", file=stream)
-        return 0 if stream is sys.stdout else EXIT_USER_ERROR
-    module_name, what = COMMANDS[name]
+    terminal.escape_what_cannot_be_encoded()
     try:
-        module = importlib.import_module(module_name)
-        parser = argparse.ArgumentParser(prog=f"hvd_lbt {name}", description=module.__doc__ or what)
-        module.add_arguments(parser)
-        code = module.main(parser.parse_args(words[len(name.split()) :]))
+        args = make_parser().parse_args(argv)
+        command = args.__dict__.pop("_command")
+        code: int = command(args)
+        sys.stdout.flush()
+    except SystemExit as end:  # of argparse: --help, --version, or words it does not know
+        return end.code if isinstance(end.code, int) else EXIT_USER_ERROR
     except UserError as error:
         _tell(error)
         _end_all_ranks(EXIT_USER_ERROR)
         code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if _world_is_up() is not None:
+            raise
+        code = EXIT_INTERRUPTED
     except Exception as error:  # a fault of the program or of the machine, on this rank alone
         if (comm := _world_is_up()) is None:
-            raise
+            if isinstance(error, BrokenPipeError):
+                terminal.drop_output()
+                return EXIT_FAILED
+            if (reason := _reason_of_the_machine(error)) is None:
+                raise
+            _tell(UserError(reason))
+            return EXIT_USER_ERROR
         _tell_failure(error, lost=isinstance(error, comm.WorkerLostError))
         comm.abort(EXIT_FAILED)
         raise
@@ -82,12 +90,113 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps paragraphs as they are written, and gives options a column of their own."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one paragraph on the standard error, and guesses nothing from first letters.
+
+    module_name: of a command, whose arguments are added when the command is called.
+    """
+
+    module_name = ""
+
+    def __init__(self, **settings: Any):
+        super().__init__(
+            **settings,
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            EXIT_USER_ERROR,
+            f"{self.prog}: {printable(message)}. `{self.prog} --help` prints the arguments.\n",
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what is not known is named by the command that was given it."""
+        if self.module_name:
+            self._take_arguments_of(self.module_name)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def _take_arguments_of(self, module_name: str) -> None:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise UserError(
+                f"{self.prog} needs what cannot be imported here ({error}): run launch/setup; "
+                "`hvd_lbt doctor` checks each part."
+            ) from error
+        self.description, _, self.epilog = (module.__doc__ or "").strip().partition("\n\n")
+        module.add_arguments(self)
+        self.set_defaults(_command=module.main)
+
+
+class _Version(argparse.Action):
+    """Prints the version; the package's metadata is read only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        version = importlib.import_module("importlib.metadata").version("hvd_lbt")
+        print(f"hvd_lbt {version}")
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; it imports no command's module."""
+    top = _Parser(
+        prog="hvd_lbt",
+        description="Large-batch training with PyTorch and Horovod: the batch grows, the learning "
+        "rate does not decay.",
+        epilog="`hvd_lbt COMMAND --help` prints a command's arguments.",
+    )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    top.set_defaults(_command=lambda _: print(top.format_help()) or 0)
+    groups = {"": _subcommands(top, required=False)}
+    for name, (module_name, what) in {**COMMANDS, **HIDDEN}.items():
+        group, _, own = name.rpartition(" ")
+        if group not in groups:
+            about = GROUPS[group]
+            parent = groups[""].add_parser(group, help=about, description=about)
+            groups[group] = _subcommands(parent, required=True)
+        listed = {} if name in HIDDEN else {"help": what}
+        groups[group].add_parser(own, **listed).module_name = module_name
+    return top
+
+
+def _subcommands(parser: argparse.ArgumentParser, *, required: bool) -> Any:
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=required)
+
+
+def _reason_of_the_machine(error: Exception) -> str | None:
+    """What a user can change about an error of files or memory; None for a fault of the program."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return (
+            f"{where}{error.strerror}. It is needed for this command: check path, rights and space."
+        )
+    out_of_memory = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
+        return (
+            "there is not enough memory for this: a smaller layout.micro_batch, data.image_size or "
+            f"model needs less ({' '.join(str(error).split())[:200] or 'MemoryError'})."
+        )
+    return None
+
+
 def _tell(error: UserError) -> None:
     """Print the error once: every rank meets the same one, except where a sample is bad."""
     if _rank() > 0 and not isinstance(error, SampleError):
         time.sleep(SECONDS_TO_TELL)
     else:
-        print(f"hvd_lbt: {error}", file=sys.stderr, flush=True)
+        print(f"hvd_lbt: {printable(error)}", file=sys.stderr, flush=True)
 
 
 def _tell_failure(error: Exception, *, lost: bool) -> None:

@@ -1,4 +1,4 @@
-"""`hvd_lbt doctor`: tries every part the training needs and names what mends a part that fails."""
+"""`hvd_lbt doctor`: tries every part that training needs and prints the fix for what fails."""
 
 import argparse
 import importlib
@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from hvd_lbt import terminal
+from hvd_lbt.terminal import printable
 
 SETUP = "run launch/setup in the repository"
 # Each rank contributes rank + 1; the sum over two is 3.
@@ -29,18 +31,18 @@ comm.shutdown()
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check saw. mend: what to do about it; empty if all is well."""
+    """What one check saw. fix: what to do about it; empty if all is well."""
 
     part: str
     seen: str
-    mend: str = ""
+    fix: str = ""
 
 
 def python() -> Finding:
     """Python 3.11 or newer."""
     seen = f"{platform.python_version()} ({sys.executable})"
     old = sys.version_info < (3, 11)
-    return Finding(part="Python", seen=seen, mend=f"set HVD_LBT_PYTHON and {SETUP}" if old else "")
+    return Finding(part="Python", seen=seen, fix=f"set HVD_LBT_PYTHON and {SETUP}" if old else "")
 
 
 def torch() -> Finding:
@@ -52,7 +54,7 @@ def torch() -> Finding:
     return Finding(
         part="torch",
         seen=f"{module.__version__}, {cuda}, {module.cuda.device_count()} GPUs",
-        mend="" if fits else f"2.11 to 2.13 is supported: HVD_LBT_TORCH=2.13.0 and {SETUP}",
+        fix="" if fits else f"2.11 to 2.13 is supported: HVD_LBT_TORCH=2.13.0 and {SETUP}",
     )
 
 
@@ -66,8 +68,8 @@ def horovod() -> Finding:
     version = importlib.import_module("horovod").__version__
     seen = f"{version} with " + ", ".join(name for name, there in built.items() if there)
     cuda = "set HVD_LBT_CUDA=1 and " if "NCCL" in missing else ""
-    mend = f"built without {' and '.join(missing)}: {cuda}{SETUP}" if missing else ""
-    return Finding(part="Horovod", seen=seen, mend=mend)
+    fix = f"built without {' and '.join(missing)}: {cuda}{SETUP}" if missing else ""
+    return Finding(part="Horovod", seen=seen, fix=fix)
 
 
 def mpi() -> Finding:
@@ -89,7 +91,7 @@ def dali() -> Finding:
     return Finding(
         part="DALI",
         seen=f"{version}, decodes on the CPU",
-        mend=f"an image came out as {tuple(shape)}: {SETUP}" if wrong else "",
+        fix=f"an image came out as {tuple(shape)}: {SETUP}" if wrong else "",
     )
 
 
@@ -101,7 +103,7 @@ def extension() -> Finding:
     return Finding(
         part="extension",
         seen=f"CPU kernels for {ops.cpu_isa()}, {'CUDA kernels' if cuda else 'no CUDA kernels'}",
-        mend=f"set HVD_LBT_CUDA=1 and {SETUP}" if missing else "",
+        fix=f"set HVD_LBT_CUDA=1 and {SETUP}" if missing else "",
     )
 
 
@@ -156,13 +158,13 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
 
 
 def examine(part: str) -> Finding:
-    """Run one check; whatever it raises becomes a finding with the mend."""
-    check, mend = CHECKS[part]
+    """Run one check; whatever it raises becomes a finding with its fix."""
+    check, fix = CHECKS[part]
     try:
         return check()
     except Exception as error:  # a broken part may raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Finding(part=part, seen=f"FAILED: {lines[0]}", mend=mend)
+        return Finding(part=part, seen=f"FAILED: {lines[0]}", fix=fix)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,9 +178,10 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=1))
     else:
-        table = Table("part", "seen", "mend", title="hvd_lbt doctor")
+        table = Table("part", "seen", "fix", title="hvd_lbt doctor")
         for finding in findings:
-            style = "red" if finding.mend else ""
-            table.add_row(finding.part, finding.seen, finding.mend or "–", style=style)
-        Console(width=None if sys.stdout.isatty() else 140).print(table)
-    return 1 if any(finding.mend for finding in findings) else 0
+            style = "red" if finding.fix else ""
+            cells = (finding.part, finding.seen, finding.fix or "–")
+            table.add_row(*map(printable, cells), style=style)
+        terminal.console().print(table)
+    return 1 if any(finding.fix for finding in findings) else 0

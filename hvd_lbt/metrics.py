@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from hvd_lbt import terminal
 from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.recipe import Recipe
@@ -86,7 +86,7 @@ class RunLog:
         self._end_torn_line()
         self._board = SummaryWriter(folder / "tensorboard", purge_step=first_update)
         live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
-        self.console = Console() if live else Console(width=140, force_terminal=False)
+        self.console = terminal.console(live=live)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -107,7 +107,8 @@ class RunLog:
     def say(self, text: Any) -> None:
         """Print once, on rank 0, above the live line."""
         if self.speaks:
-            self.console.print(text, soft_wrap=True, highlight=False)
+            shown = terminal.printable(text) if isinstance(text, str) else text
+            self.console.print(shown, soft_wrap=True, highlight=False)
 
     def begin(self, recipe: Recipe, test_samples: int, first_update: int) -> None:
         """Show the plan, and note what the run is made of."""

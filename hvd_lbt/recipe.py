@@ -273,6 +273,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     settings = _read(name_or_path, Path())
     for override in overrides:
         _set(settings, override)
+    return recipe_of(settings, f"Recipe {name_or_path}")
+
+
+def recipe_of(settings: Any, what: str) -> Recipe:
+    """The recipe of plain settings, as `to_dict` gives them; `what` begins a UserError."""
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -281,7 +286,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         reasons = list(dict.fromkeys(_reason(details) for details in found[:MAX_REASONS]))
         if len(found) > MAX_REASONS:
             reasons.append(f"There are {len(found) - MAX_REASONS:,} more errors.")
-        raise UserError(f"Recipe {name_or_path}: {' '.join(reasons)}") from None
+        raise UserError(f"{what}: {' '.join(reasons)}") from None
 
 
 def _read(name_or_path: str | Path, folder: Path, is_base: bool = False) -> dict[str, Any]:
@@ -333,7 +338,7 @@ def _set(settings: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into `settings`; whether the key exists is checked later."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys) or len(keys) > plain_yaml.MAX_DEPTH:
+    if not equals or not all(map(_is_key, keys)) or len(keys) > plain_yaml.MAX_DEPTH:
         raise UserError(
             f"--set {override[:100]}: it must read section.key=value, such as --set schedule.lr=0.05."
         )
@@ -348,6 +353,10 @@ def _set(settings: dict[str, Any], override: str) -> None:
                 "keys of its own; set it as a whole."
             )
     settings[keys[-1]] = value
+
+
+def _is_key(word: str) -> bool:
+    return word != "" and word.isprintable()
 
 
 def _reason(details: Any) -> str:

@@ -1,11 +1,10 @@
 """`hvd_lbt plan`: the stages of a recipe, before anything runs; needs neither Horovod nor DALI."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from hvd_lbt import terminal
+from hvd_lbt.arguments import count, positive
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
@@ -16,10 +15,12 @@ from hvd_lbt.stage_table import render_plan
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt plan`."""
     parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--workers", type=int, default=1, help="show their micro-batches [1]")
+    parser.add_argument("--workers", type=count, default=1, help="show their micro-batches [1]")
     parser.add_argument("--data", type=Path, help="count the training images of this folder")
     parser.add_argument(
-        "--images-per-second", type=float, help="of all workers together: shows the planned hours"
+        "--images-per-second",
+        type=positive,
+        help="of all workers together: shows the planned hours",
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
 
@@ -27,18 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan of a recipe."""
     recipe = load_recipe(args.recipe, args.set)
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1 worker is needed.")
     speed = args.images_per_second
-    if speed is not None and not speed > 0:
-        raise UserError(f"--images-per-second {speed:g}: it must be above 0.")
     samples = len(open_train_split(args.data)) if args.data else recipe.data.train_samples
     if samples is None:
         raise UserError(
             f"data.train_samples: recipe {recipe.name} does not say how many training images there "
             "are. Give --data DIR to count them, or --set data.train_samples=N."
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = terminal.console()
     plan = make_plan(recipe.schedule, samples)
     console.print(render_plan(recipe, plan, args.workers))
     if speed:

@@ -7,10 +7,12 @@ finished runs are kept, unfinished ones resumed.
 import argparse
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
 
+from hvd_lbt.arguments import count
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.stop import EXIT_STOPPED
@@ -28,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="[runs/studies]")
     parser.add_argument("--data", type=Path, help="the images of the gpu and cluster scales")
     parser.add_argument(
-        "--jobs", type=int, help="trainings at a time [cores; 1 above laptop scale]"
+        "--jobs", type=count, help="trainings at a time [cores; 1 above laptop scale]"
     )
     parser.add_argument(
         "--updates",
-        type=int,
+        type=count,
         metavar="K",
         help="a dry run on the images of --data: about K updates of each training, one seed",
     )
@@ -46,20 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run one study; writes OUT/NAME.{md,png,json} and prints the sentence that sums it up."""
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least 1 training at a time is needed.")
     if args.name == bayesian_evidence.NAME:
         if args.scale != "laptop":
             raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
-        print(bayesian_evidence.study(args.out))
+        try:
+            print(bayesian_evidence.study(args.out))
+        except OSError as error:
+            raise UserError(
+                f"--out {args.out}: the study cannot be written there ({error.strerror})."
+            ) from error
         return 0
     scales = published.STUDIES[args.name]
     if args.scale not in scales:
         raise UserError(f"--scale {args.scale}: {args.name} has {', '.join(scales)}.")
     study = scales[args.scale]
     if args.updates is not None:
-        if args.updates < 1 or args.data is None:
-            raise UserError("--updates K: a dry run needs K of at least 1, and --data FOLDER.")
+        if args.data is None:
+            raise UserError("--updates K: a dry run needs --data FOLDER, the images to train on.")
         study = shortened(study, args.updates, len(open_train_split(args.data)))
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
     # Every training is told, saves, and ends. A shell's background job is born deaf to SIGINT.
@@ -72,13 +77,24 @@ def main(args: argparse.Namespace) -> int:
                 args.out,
                 data=args.data,
                 jobs=jobs,
-                launcher=shlex.split(args.launcher),
+                launcher=_words(args.launcher),
             )
         )
     except Stopped:
         print("Stopped. The same command goes on from here.")
         return EXIT_STOPPED
     return 0
+
+
+def _words(launcher: str) -> list[str]:
+    """The words of --launcher, whose first is a program that can be found."""
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"--launcher {launcher!r}: {error}.") from error
+    if words and shutil.which(words[0]) is None:
+        raise UserError(f"--launcher {launcher!r}: there is no program {words[0]!r}.")
+    return words
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hvd_lbt.metrics import revision, versions
+from hvd_lbt.rounding import five_digits
 
 
 def _nothing() -> None:
@@ -187,7 +188,7 @@ class Lines:
     def _write(self, record: dict[str, Any]) -> None:
         if not self._speaks:
             return
-        line = json.dumps(_rounded(record), default=str)
+        line = json.dumps(five_digits(record, exact=("time",)), default=str)
         _put(sys.stdout, line)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,14 +199,3 @@ class Lines:
 def _put(file: TextIO, line: str) -> None:
     file.write(line + "\n")
     file.flush()
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to five digits: no benchmark knows more."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, Mapping):
-        return {key: inner if key == "time" else _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(inner) for inner in value]
-    return value

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hvd_lbt.errors import UserError
+from hvd_lbt.terminal import printable
+
 TEST_EVERY = 5  # every fifth image is a test image: 1,437 train and 360 test
 
 
@@ -51,5 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the digits and print where they are."""
-    print(write_digits(args.out))
+    try:
+        print(printable(write_digits(args.out)))
+    except OSError as error:
+        raise UserError(
+            f"--out {args.out}: the digits cannot be written there ({error.strerror}). Give a "
+            "folder that can be made or written to."
+        ) from error
     return 0

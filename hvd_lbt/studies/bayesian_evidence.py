@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from hvd_lbt.errors import UserError
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
 from hvd_lbt.metrics import revision, versions
 from hvd_lbt.report import COLOURS, FONTS
+from hvd_lbt.rounding import five_digits
 from hvd_lbt.studies.trainings import made_with
 
 Floats = NDArray[np.float64]
@@ -49,13 +51,26 @@ def study(out: Path) -> str:
     Writes OUT/bayesian_evidence.json, .png and .md.
     """
     file = out / f"{NAME}.json"
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["settings"] != SETTINGS:
+    if _settings_in(file) != SETTINGS:
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(_compact(measure()), encoding="utf-8")
     found = json.loads(file.read_text(encoding="utf-8"))
     draw(found["drawn"], out / f"{NAME}.png")
     (out / f"{NAME}.md").write_text(report(found), encoding="utf-8")
     return finding(found)
+
+
+def _settings_in(file: Path) -> Any:
+    """The settings of earlier numbers, None if there are none. Raises UserError for another file."""
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} does not hold the numbers of this study ({type(error).__name__}: "
+            f"{str(error)[:80]}): remove it, or give another --out."
+        ) from error
 
 
 def measure() -> dict[str, Any]:
@@ -307,17 +322,10 @@ def _spread(values: Floats, digits: int) -> str:
 
 
 def _compact(found: dict[str, Any]) -> str:
-    """JSON with a line for each curve, and numbers of five digits: no more is drawn or told."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.5g}")
-        if isinstance(value, dict):
-            return {key: rounded(inner) for key, inner in value.items()}
-        return [rounded(inner) for inner in value] if isinstance(value, list) else value
+    """JSON with a line for each curve, and numbers of five digits."""
 
     settings = found["settings"]
-    text = json.dumps(rounded(found) | {"settings": settings}, ensure_ascii=False)
+    text = json.dumps(five_digits(found) | {"settings": settings}, ensure_ascii=False)
     return (
         text.replace('"pairs"', '\n"pairs"').replace("}], ", "}],\n").replace("], ", "],\n") + "\n"
     )

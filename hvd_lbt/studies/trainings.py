@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 
+from hvd_lbt import plain_yaml
 from hvd_lbt.data.digits import cache_folder, write_digits
 from hvd_lbt.errors import UserError
-from hvd_lbt.recipe import Recipe, load_recipe
+from hvd_lbt.recipe import Recipe, load_recipe, recipe_of
 from hvd_lbt.report import Band, Group, Run, evaluated, measured, read_run
+from hvd_lbt.rounding import five_digits
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
 
@@ -153,7 +154,13 @@ def run_study(
     images = _image_folders(study, data)
     missing = [path for path, (_, recipe) in tasks.items() if not _is_finished(path, recipe)]
     print(f"{study.stem}: {len(tasks)} trainings, {len(tasks) - len(missing)} of them are done.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {folder} cannot be made ({error.strerror}). Give a folder that can be "
+            "made or written to."
+        ) from error
     # The longest first, dealt out in turn, so that all workers end at about the same time.
     order = sorted(missing, key=lambda path: -_updates(*tasks[path]))
     work = [
@@ -205,9 +212,10 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
     """Whether `path` holds the whole run; UserError if it is one of other settings."""
     if not (path / "recipe.yaml").is_file():
         return False
-    old = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    what = str(path / "recipe.yaml")
+    old = plain_yaml.parse(plain_yaml.read_text(path / "recipe.yaml", what), what)
     # What has become a setting since then had its default.
-    if changes := recipe.changes_since(Recipe.model_validate(old).to_dict()):
+    if changes := recipe.changes_since(recipe_of(old, what).to_dict()):
         raise UserError(
             f"{path} was trained with other settings: {changes}. Give another --out, or remove it."
         )
@@ -229,7 +237,7 @@ def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequen
     workers = [
         # In a session of its own: a Ctrl-C reaches it once, from here, and not twice.
         subprocess.Popen(
-            [*launcher, sys.executable, "-m", "hvd_lbt", "study", "trainings", str(file)],
+            [*launcher, sys.executable, "-m", "hvd_lbt", "study-trainings", str(file)],
             env=environment,
             start_new_session=True,
         )
@@ -315,16 +323,7 @@ def _curve(band: Band) -> dict[str, list[float]]:
 
 
 def compact_json(found: Found) -> str:
-    """JSON with one line for each list of numbers, five digits each: no more is drawn or told."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.5g}")
-        if isinstance(value, list):
-            return [rounded(inner) for inner in value]
-        if isinstance(value, dict):
-            return {key: rounded(inner) for key, inner in value.items()}
-        return value
+    """JSON with one line for each list of numbers, five digits each."""
 
     def written(value: Any, indent: str) -> str:
         inner = indent + "  "
@@ -335,7 +334,7 @@ def compact_json(found: Found) -> str:
             return "[\n" + ",\n".join(inner + written(v, inner) for v in value) + f"\n{indent}]"
         return json.dumps(value, ensure_ascii=False)
 
-    return written(rounded(found), "") + "\n"
+    return written(five_digits(found), "") + "\n"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

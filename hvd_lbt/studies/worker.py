@@ -8,8 +8,10 @@ import argparse
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from hvd_lbt import comm
+from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.report import read_run
 from hvd_lbt.run_lock import own_run
@@ -18,15 +20,16 @@ from hvd_lbt.train import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hvd_lbt study trainings`."""
+    """The arguments of `hvd_lbt study-trainings`."""
     parser.add_argument("tasks", type=Path, help="a JSON list of recipe, overrides, data, out")
 
 
 def main(args: argparse.Namespace) -> int:
     """Train them all; what each says goes to OUT.log. 75 when a signal stopped one."""
+    tasks = _tasks(args.tasks)
     world = comm.init()
     code = 0
-    for task in json.loads(args.tasks.read_text(encoding="utf-8")):
+    for task in tasks:
         # A signal between two trainings finds nobody: the study takes the list away as well.
         if not comm.broadcast_object(args.tasks.is_file()):
             code = EXIT_STOPPED
@@ -45,3 +48,19 @@ def main(args: argparse.Namespace) -> int:
             print(f"{out.name}: test accuracy {accuracy}", flush=True)
     comm.shutdown()
     return code
+
+
+def _tasks(file: Path) -> list[dict[str, Any]]:
+    """The trainings of a list that `hvd_lbt study` wrote. Raises UserError for any other file."""
+    try:
+        tasks = json.loads(file.read_text(encoding="utf-8"))
+        for task in tasks:
+            strings = (task["recipe"], task["data"], task["out"], *task["overrides"])
+            if not all(isinstance(value, str) for value in strings):
+                raise TypeError("recipe, data, out and overrides must be text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is no list of trainings ({type(error).__name__}: {str(error)[:80]}). "
+            "`hvd_lbt study` writes such lists and starts this command itself."
+        ) from error
+    return tasks

@@ -9,4 +9,4 @@ from hvd_lbt import doctor
 def test_horovod_and_its_two_ranks_work(part, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
     finding = doctor.examine(part)
-    assert finding.mend == "", finding
+    assert finding.fix == "", finding

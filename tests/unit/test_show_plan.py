@@ -8,4 +8,7 @@ def test_planned_hours_follow_from_the_speed(capsys):
     # 20 epochs of 1,437 images, one epoch a second
     assert "0.01 hours at 1,437 images/s" in capsys.readouterr().out
     assert main(["plan", "digits", "--images-per-second", "0"]) == 2
-    assert "--images-per-second 0: it must be above 0" in capsys.readouterr().err
+    assert (
+        "argument --images-per-second: 0 is not allowed; it must be a number above 0"
+        in capsys.readouterr().err
+    )

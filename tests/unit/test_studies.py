@@ -250,7 +250,8 @@ def settings(**changes):
             {"name": "bayesian_evidence", "scale": "gpu"},
             "bayesian_evidence has only the scale laptop",
         ),
-        ({"jobs": 0}, "--jobs 0: at least 1 training at a time"),
+        ({"launcher": "srun 'x"}, "--launcher .*: No closing quotation"),
+        ({"launcher": "no-such-program -n 2"}, "--launcher .*: there is no program 'no-such-"),
         ({"name": "fewer_updates", "scale": "gpu"}, "--data: the gpu scale of fewer_updates needs"),
     ],
 )

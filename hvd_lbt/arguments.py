@@ -1,0 +1,39 @@
+"""Types of command-line arguments: a value that cannot be is named with what would be right."""
+
+from argparse import ArgumentTypeError
+from math import inf
+
+LARGEST = 10**9
+
+
+def count(text: str) -> int:
+    """A whole number from 1 to LARGEST."""
+    return _whole(text, 1)
+
+
+def count_or_zero(text: str) -> int:
+    """A whole number from 0 to LARGEST."""
+    return _whole(text, 0)
+
+
+def positive(text: str) -> float:
+    """A number above 0, at most LARGEST."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -inf
+    if not 0 < value <= LARGEST:
+        raise ArgumentTypeError(f"{text[:40]} is not allowed; it must be a number above 0")
+    return value
+
+
+def _whole(text: str, smallest: int) -> int:
+    try:
+        value = int(text) if len(text) < 40 else -1
+    except ValueError:
+        value = -1
+    if not smallest <= value <= LARGEST:
+        raise ArgumentTypeError(
+            f"{text[:40]} is not allowed; it must be a whole number of at least {smallest}"
+        )
+    return value
