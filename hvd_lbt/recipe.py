@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -29,6 +30,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Triple = tuple[float, float, float]
 
+# Settings that were renamed in 0.2; the old name works until 0.3, with a warning.
+RENAMED = {
+    ("data", "resident"): "cache_on_device",
+    ("schedule", "raised"): "scaled_start",
+}
+
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 # Settings with which a run may be resumed otherwise: they change speed, memory, rounding or what is
@@ -42,7 +49,7 @@ FREE_AT_RESUME: dict[str, Any] = {
         "readers",
         "timeout",
         "on_bad_sample",
-        "resident",
+        "cache_on_device",
     },
     "layout": {"micro_batch"},
     "wire": {"bucket_mb"},
@@ -86,7 +93,7 @@ class DataRecipe(_Section):
     """Micro-batches made ahead."""
     readers: Count = 4
     """Threads on each worker that read files."""
-    resident: bool = False
+    cache_on_device: bool = False
     """Decode all images at the start and keep them on the device, without DALI: for small images."""
     timeout: Positive = 300.0
     """Seconds after which a read without an answer ends the run with the file's name."""
@@ -99,16 +106,16 @@ class DataRecipe(_Section):
         return std
 
     @model_validator(mode="after")
-    def _resident_as_they_are(self) -> "DataRecipe":
+    def _cached_as_they_are(self) -> "DataRecipe":
         for key, allowed in {
             "augment": ("none", "pad_crop"),
             "eval_resize": (None,),
             "on_bad_sample": ("error",),
         }.items():
             value = getattr(self, key)
-            if self.resident and value not in allowed:
+            if self.cache_on_device and value not in allowed:
                 raise ValueError(
-                    f"data.{key}: {value!r} does not go with data.resident, which keeps whole images "
+                    f"data.{key}: {value!r} does not go with data.cache_on_device, which keeps whole images "
                     f"of data.image_size; it must be {' or '.join(map(str, allowed))}."
                 )
         return self
@@ -229,6 +236,11 @@ class Recipe(_Section):
     run: RunRecipe = RunRecipe()
     elastic: ElasticRecipe = ElasticRecipe()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, settings: Any) -> Any:
+        return with_new_names(settings) if isinstance(settings, Mapping) else settings
+
     @model_validator(mode="after")
     def _whole_ghost_batches_in_all_stages(self) -> "Recipe":
         for place, milestone in enumerate(self.schedule.milestones):
@@ -248,16 +260,47 @@ class Recipe(_Section):
         return hashlib.sha256(json.dumps(self._bound(), sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, old: Mapping[str, Any]) -> str:
-        """Where an older recipe (of `to_dict`) computes something else: `section.key was …, is …`."""
+        """Where an older recipe (of `to_dict`) computes something else: `section.key was …, is …`.
+
+        Settings that the older recipe does not have yet count with their default.
+        """
+        try:
+            before: Mapping[str, Any] = Recipe.model_validate(old)._bound()
+        except ValidationError:  # of a program that allowed something else: compare what is there
+            before = old
         return "; ".join(
-            f"{section}.{key} was {_shown(old.get(section, {}).get(key))}, is {_shown(value)}"
+            f"{section}.{key} was {_shown(before.get(section, {}).get(key))}, is {_shown(value)}"
             for section, settings in self._bound().items()
             for key, value in settings.items()
-            if old.get(section, {}).get(key) != value
+            if before.get(section, {}).get(key) != value
         )
 
     def _bound(self) -> dict[str, dict[str, Any]]:
         return self.model_dump(mode="json", exclude=FREE_AT_RESUME)
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the present name of each renamed one; says so by a FutureWarning.
+
+    Raises UserError if the old and the new name are both there.
+    """
+    renamed = dict(settings)
+    for (section, old), new in RENAMED.items():
+        inside = renamed.get(section)
+        if not isinstance(inside, Mapping) or old not in inside:
+            continue
+        if new in inside:
+            raise UserError(
+                f"{section}.{old} is the old name of {section}.{new}, and both are set; leave out "
+                f"{section}.{old}."
+            )
+        warnings.warn(
+            f"{section}.{old} is called {section}.{new} now; the old name works until hvd_lbt 0.3.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        renamed[section] = {new if key == old else key: value for key, value in inside.items()}
+    return renamed
 
 
 def shipped_recipes() -> list[str]:
@@ -331,7 +374,7 @@ def _read_file(file: Path) -> dict[str, Any]:
             f"Recipe {file}: the file must hold sections of settings "
             f"({', '.join(Recipe.model_fields)}), and holds {_shown(settings)}."
         )
-    return settings
+    return with_new_names(settings)
 
 
 def _set(settings: dict[str, Any], override: str) -> None:
@@ -343,6 +386,8 @@ def _set(settings: dict[str, Any], override: str) -> None:
             f"--set {override[:100]}: it must read section.key=value, such as --set schedule.lr=0.05."
         )
     value = plain_yaml.parse(text, f"--set {override[:100]}")
+    if tuple(keys[:2]) in RENAMED:  # beside the new name of a file it must win, not be a second one
+        keys[1:2] = [*with_new_names({keys[0]: {keys[1]: None}})[keys[0]]]
     for depth, key in enumerate(keys[:-1], start=1):
         if settings.get(key) is None:
             settings[key] = {}

@@ -49,10 +49,10 @@ class TrainSamples:
 
 def batch_maker(data: DataRecipe) -> ModuleType:
     """The module whose `train_batches` and `evaluation_batches` make this recipe's batches."""
-    if data.resident:
-        from hvd_lbt.data import resident
+    if data.cache_on_device:
+        from hvd_lbt.data import on_device
 
-        return resident
+        return on_device
     from hvd_lbt.data import pipeline  # needs DALI
 
     return pipeline

@@ -133,7 +133,7 @@ class Schedule(_Checked):
     milestones: tuple[Milestone, ...] = ()
     cosine: Cosine | None = None
     """Instead of milestones."""
-    raised: ScaledStart | None = None
+    scaled_start: ScaledStart | None = None
     warm_up: WarmUp | None = None
     batch_multiple: Count = 1
     """Each global batch is the nearest multiple of this; the lr makes up for the rounding."""
@@ -149,12 +149,16 @@ class Schedule(_Checked):
     @property
     def first_lr(self) -> float:
         """The lr the run starts with."""
-        return self.lr if self.raised is None or self.raised.lr is None else self.raised.lr
+        return (
+            self.lr
+            if self.scaled_start is None or self.scaled_start.lr is None
+            else self.scaled_start.lr
+        )
 
     @property
     def first_momentum(self) -> float:
         """The momentum the run starts with."""
-        start = self.raised
+        start = self.scaled_start
         return self.momentum if start is None or start.momentum is None else start.momentum
 
     @property
@@ -223,7 +227,7 @@ class Schedule(_Checked):
         wanted = round(self.wanted_global_batch)
         if not self.batch_multiple <= wanted <= self.max_global_batch:
             yield (
-                f".raised: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
+                f".scaled_start: with lr {self.first_lr:g} and momentum {self.first_momentum:g} "
                 f"the noise scale is kept by a first global batch of {wanted}; it must be from "
                 f"{self.batch_multiple} to schedule.max_global_batch = {self.max_global_batch}."
             )

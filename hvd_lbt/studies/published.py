@@ -295,7 +295,7 @@ CIFAR = "CIFAR-10 and a WRN-16-4, as the paper has it."
 CIFAR10 = "cifar10_decay_lr"
 # All images in the GPU's memory, tensor cores, compiled, and an evaluation every five epochs.
 ON_A_GPU = (
-    "data.resident=true",
+    "data.cache_on_device=true",
     "run.precision=bf16",
     "run.channels_last=true",
     "run.compile=true",
@@ -308,10 +308,10 @@ def _four_schedules() -> tuple[Arm, ...]:
     settings = {
         "decay_lr": ("decay the lr", ()),
         "grow_batch": ("grow the batch", (policy,)),
-        "grow_batch_lr": ("+ larger lr", (policy, "schedule.raised={lr: 0.8}")),
+        "grow_batch_lr": ("+ larger lr", (policy, "schedule.scaled_start={lr: 0.8}")),
         "grow_batch_lr_momentum": (
             "+ larger momentum",
-            (policy, "schedule.raised={lr: 0.8, momentum: 0.95}"),
+            (policy, "schedule.scaled_start={lr: 0.8, momentum: 0.95}"),
         ),
     }
     return tuple(
@@ -341,7 +341,7 @@ def _momentum_settling(
     falls: Sequence[tuple[float, float]],
     lrs: Sequence[float],
 ) -> tuple[Arm, ...]:
-    raised = f"schedule.raised.momentum={momentum}"
+    raised = f"schedule.scaled_start.momentum={momentum}"
     (epoch, factor), *later = falls
     listed = [f"{{epoch: {epoch}, factor: {factor}, momentum: {momentum}}}"]
     listed += [f"{{epoch: {epoch}, factor: {factor}}}" for epoch, factor in later]

@@ -30,7 +30,7 @@ def schedule(**changes) -> Schedule:
     }
     settings |= changes
     settings["milestones"] = tuple(Milestone(**one) for one in settings["milestones"])
-    for key, kind in {"cosine": Cosine, "raised": ScaledStart, "warm_up": WarmUp}.items():
+    for key, kind in {"cosine": Cosine, "scaled_start": ScaledStart, "warm_up": WarmUp}.items():
         if settings.get(key) is not None:
             settings[key] = kind(**settings[key])
     return Schedule(**settings)
@@ -126,7 +126,11 @@ def test_policies_as_a_table():
     assert pairs(policy="hybrid") == [(10, 0.1), (50, 0.1), (50, 0.02)]
     assert pairs(policy="hybrid", batch_milestones=2) == pairs()
     assert pairs(max_global_batch=80) == [(10, 0.1), (50, 0.1), (80, 0.032)]
-    assert pairs(raised={"lr": 0.5, "momentum": 0.98}) == [(250, 0.5), (1250, 0.5), (6250, 0.5)]
+    assert pairs(scaled_start={"lr": 0.5, "momentum": 0.98}) == [
+        (250, 0.5),
+        (1250, 0.5),
+        (6250, 0.5),
+    ]
 
 
 def test_left_over_samples_go_to_the_next_stage():
@@ -266,7 +270,7 @@ def test_the_warm_up_rises_linearly_from_its_first_lr_and_then_ends():
 
 
 def test_the_warm_up_rises_to_a_raised_lr():
-    warm = schedule(raised={"lr": 0.5}, warm_up={"epochs": 2, "first_lr": 0.1})
+    warm = schedule(scaled_start={"lr": 0.5}, warm_up={"epochs": 2, "first_lr": 0.1})
     plan = make_plan(warm, 1000)  # updates of 50 samples
     assert lrs(plan, 0, 20, 40) == pytest.approx([0.1, 0.3, 0.5])
 
@@ -339,7 +343,7 @@ def test_batches_are_multiples_and_the_lr_makes_up_for_the_rounding():
     )
     capped = schedule(global_batch=96, batch_multiple=32, milestones=falls, max_global_batch=100)
     assert [p.global_batch for p in phases(capped)] == [96, 96, 96]
-    raised = schedule(global_batch=96, batch_multiple=32, raised={"lr": 0.19}, milestones=[])
+    raised = schedule(global_batch=96, batch_multiple=32, scaled_start={"lr": 0.19}, milestones=[])
     # 182.4 wanted
     assert [(p.global_batch, p.lr) for p in phases(raised)] == [(192, pytest.approx(0.2))]
 

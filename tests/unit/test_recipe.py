@@ -54,11 +54,14 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
             "schedule.milestones=[{epoch: 9, factr: 2}]",
             "schedule.milestones[0].factr: there is no such key. Did you mean factor?",
         ),
-        ("schedule.raised.lrr=3", "schedule.raised.lrr: there is no such key. Did you mean lr?"),
         (
-            "schedule.raised.lr=1000",
+            "schedule.scaled_start.lrr=3",
+            "schedule.scaled_start.lrr: there is no such key. Did you mean lr?",
+        ),
+        (
+            "schedule.scaled_start.lr=1000",
             (
-                "schedule.raised: with lr 1000 and momentum 0.9 the noise scale is kept by a first "
+                "schedule.scaled_start: with lr 1000 and momentum 0.9 the noise scale is kept by a first "
                 "global batch of 320000; it must be from 1 to schedule.max_global_batch = 512."
             ),
         ),
@@ -131,7 +134,7 @@ def test_overrides_of_every_kind():
         "digits",
         [
             "schedule.lr=5e-2",
-            "schedule.raised.momentum=0.95",
+            "schedule.scaled_start.momentum=0.95",
             "schedule.milestones=[{epoch: 3, factor: 2.5}]",
             "run.channels_last=true",
             "data.eval_resize=null",

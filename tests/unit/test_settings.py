@@ -27,7 +27,7 @@ def test_a_recipe_and_python_make_the_same_plan(name):
     recipe = load_recipe(name)
     written = recipe.to_dict()["schedule"]
     written["milestones"] = [Milestone(**one) for one in written["milestones"]]
-    for key, kind in {"cosine": Cosine, "raised": ScaledStart, "warm_up": WarmUp}.items():
+    for key, kind in {"cosine": Cosine, "scaled_start": ScaledStart, "warm_up": WarmUp}.items():
         if written[key] is not None:
             written[key] = kind(**written[key])
     mine = Schedule(**written)

@@ -267,7 +267,7 @@ def test_a_dry_run_is_the_same_schedules_in_so_many_updates():
     stages = {}
     for arm, long in zip(short.arms, whole.arms, strict=True):
         recipe, own = (load_recipe(one.recipe, one.overrides) for one in (arm, long))
-        assert recipe.data.resident
+        assert recipe.data.cache_on_device
         assert recipe.schedule.first_global_batch == own.schedule.first_global_batch
         plan = make_plan(recipe.schedule, 600)
         assert plan.stages[0].global_batch == own.schedule.first_global_batch

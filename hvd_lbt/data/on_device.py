@@ -108,7 +108,7 @@ def _batch(
 
 def _of_files(store: Store | SyntheticStore) -> Store:
     if isinstance(store, SyntheticStore):
-        raise UserError("data.resident has no effect with --data synthetic: leave it out.")
+        raise UserError("data.cache_on_device has no effect with --data synthetic: leave it out.")
     return store
 
 
@@ -146,8 +146,8 @@ def _decode(store: Store, images: np.ndarray, first: int, size: int) -> None:
         encoded = store.image(index)
         if (encoded.height, encoded.width) != (size, size):
             raise SampleError(
-                f"{store.name(index)} has {encoded.width}×{encoded.height} pixels: data.resident keeps images "
-                f"of data.image_size only, {size}×{size}. Leave data.resident out, or resize the files."
+                f"{store.name(index)} has {encoded.width}×{encoded.height} pixels: data.cache_on_device keeps images "
+                f"of data.image_size only, {size}×{size}. Leave data.cache_on_device out, or resize the files."
             )
         try:
             with Image.open(io.BytesIO(encoded.data.tobytes())) as image:
@@ -165,6 +165,6 @@ def _check_room(size: int, device: torch.device) -> None:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * free:
         raise UserError(
-            f"data.resident: all images take {size / 2**30:,.1f} GiB, and {device} has "
-            f"{free / 2**30:,.1f} GiB free. Leave data.resident out: DALI then makes them as they are needed."
+            f"data.cache_on_device: all images take {size / 2**30:,.1f} GiB, and {device} has "
+            f"{free / 2**30:,.1f} GiB free. Leave data.cache_on_device out: DALI then makes them as they are needed."
         )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvd_lbt.data import pipeline, resident
+from hvd_lbt.data import on_device, pipeline
 from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.recipe import DataRecipe, load_recipe
@@ -44,7 +44,7 @@ def compare(folder, data: DataRecipe) -> tuple[float, float]:
             *module.train_batches(train, data, RANGES, seed=5, **settings),
             *module.evaluation_batches(test, data, [(0, 4), (4, 6)], **settings),
         ]
-        for module in (pipeline, resident)
+        for module in (pipeline, on_device)
     ]
     differences = []
     for theirs, ours in zip(*makers, strict=True):
@@ -76,7 +76,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     image = train.image
     monkeypatch.setattr(train, "image", lambda index: read.append(index) or image(index))
     for _ in range(3):
-        for _batch in resident.train_batches(
+        for _batch in on_device.train_batches(
             train, recipe(), RANGES, seed=0, micro_batch=30, device=CPU
         ):
             pass
@@ -86,7 +86,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 def test_what_cannot_be_kept_is_named(tmp_path, monkeypatch):
     def first(folder):
         train, _ = open_splits(folder)
-        next(resident.train_batches(train, recipe(), RANGES, seed=0, micro_batch=30, device=CPU))
+        next(on_device.train_batches(train, recipe(), RANGES, seed=0, micro_batch=30, device=CPU))
 
     write(tmp_path / "large", "png", side=24)
     with pytest.raises(SampleError, match=r"train/0/00.png has 24×24 pixels.* 20×20"):
@@ -98,7 +98,7 @@ def test_what_cannot_be_kept_is_named(tmp_path, monkeypatch):
         first(tmp_path / "broken")
     monkeypatch.setattr("os.sysconf", lambda name: 100)
     write(tmp_path / "good", "png")
-    with pytest.raises(UserError, match=r"data.resident: all images take"):
+    with pytest.raises(UserError, match=r"data.cache_on_device: all images take"):
         first(tmp_path / "good")
 
 
@@ -106,5 +106,5 @@ def test_what_cannot_be_kept_is_named(tmp_path, monkeypatch):
     "setting", ["augment=random_resized_crop", "eval_resize=40", "on_bad_sample=skip"]
 )
 def test_settings_without_effect_are_refused(setting):
-    with pytest.raises(UserError, match=rf"data.{setting.split('=')[0]}: .* data.resident"):
-        load_recipe("cifar10_decay_lr", ["data.resident=true", f"data.{setting}"])
+    with pytest.raises(UserError, match=rf"data.{setting.split('=')[0]}: .* data.cache_on_device"):
+        load_recipe("cifar10_decay_lr", ["data.cache_on_device=true", f"data.{setting}"])

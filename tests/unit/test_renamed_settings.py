@@ -1,0 +1,51 @@
+"""Settings that got another name keep the old one for one release, with a warning."""
+
+import pytest
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.recipe import RENAMED, Recipe, load_recipe
+
+
+def with_old_names(recipe):
+    settings = recipe.to_dict()
+    for (section, old), new in RENAMED.items():
+        settings[section][old] = settings[section].pop(new)
+    return settings
+
+
+def test_an_override_with_an_old_name_works_and_warns():
+    with pytest.warns(FutureWarning, match=r"schedule\.raised is called schedule\.scaled_start"):
+        old = load_recipe("cifar10_grow_batch_lr", ["schedule.raised.lr=0.4"])
+    assert old == load_recipe("cifar10_grow_batch_lr", ["schedule.scaled_start.lr=0.4"])
+    assert old.schedule.first_lr == 0.4
+
+
+def test_a_file_with_an_old_name_changes_its_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: cifar10_grow_batch_lr\nname: mine\nschedule: {raised: {lr: 0.4}}\n")
+    with pytest.warns(FutureWarning, match="raised"):
+        assert load_recipe(file).schedule.first_lr == 0.4
+
+
+def test_both_names_at_once_are_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: digits\ndata: {resident: true, cache_on_device: false}\n")
+    with pytest.raises(UserError, match=r"data\.resident is the old name .* both are set"):
+        load_recipe(file)
+
+
+def test_a_checkpoint_of_the_release_before_resumes():
+    recipe = load_recipe("cifar10_grow_batch_lr")
+    with pytest.warns(FutureWarning, match=r"data\.resident"):
+        assert recipe.changes_since(with_old_names(recipe)) == ""
+    with pytest.warns(FutureWarning, match=r"data\.resident"):
+        assert Recipe.model_validate(with_old_names(recipe)) == recipe
+
+
+def test_a_setting_that_an_old_recipe_lacks_counts_with_its_default():
+    recipe = load_recipe("digits")
+    old = recipe.to_dict()
+    del old["schedule"]["batch_multiple"]
+    assert recipe.changes_since(old) == ""
+    other = load_recipe("digits", ["schedule.batch_multiple=16"])
+    assert other.changes_since(old) == "schedule.batch_multiple was 1, is 16"
