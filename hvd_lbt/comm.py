@@ -108,11 +108,6 @@ def synchronize(handle: int) -> Tensor:
         _waiting = None
 
 
-def poll(handle: int) -> bool:
-    """Whether `synchronize(handle)` would return at once."""
-    return hvd.poll(handle)
-
-
 def allreduce_(tensor: Tensor, name: str) -> Tensor:
     """Sum `tensor` over all ranks in place."""
     return synchronize(allreduce_async_(tensor, name))

@@ -7,8 +7,6 @@ value is a UserError that names the key, the value, and what is allowed.
 """
 
 import difflib
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,15 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.errors import UserError
+from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.settings import Schedule, SettingError
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_REASONS = 8  # errors of one recipe that are written out
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Triple = tuple[float, float, float]
+# The upper bounds are far beyond any training: within them nothing overflows or takes for ever.
+MAX_MICRO_BATCHES = 65_536  # of one update, on all workers together
+Count = Annotated[int, Field(ge=1, le=10**10)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Colour = Annotated[float, Field(ge=-1e6, le=1e6)]
+Triple = tuple[Colour, Colour, Colour]
 
 # Settings that were renamed in 0.2; the old name works until 0.3, with a warning.
 RENAMED = {
@@ -70,28 +74,28 @@ class DataRecipe(_Section):
 
     train_samples: Count | None = None
     """N for the plan where no data folder is at hand; when training, the images are counted."""
-    image_size: Count
+    image_size: Pixels
     """Side of the square image the network sees, in pixels."""
     augment: Literal["none", "pad_crop", "random_resized_crop"]
-    pad: Annotated[int, Field(ge=0)] = 4
+    pad: Annotated[int, Field(ge=0, le=16_384)] = 4
     """pad_crop only: pixels of padding on each side."""
     flip: bool = False
     """Mirror every second image, left to right."""
-    eval_resize: Count | None = None
+    eval_resize: Pixels | None = None
     """The shorter side before the centre is cut out; None: resized to image_size as a whole."""
     mean: Triple
     """Subtracted from red, green and blue, in 0..255."""
     std: Triple
     """Then divided by, in 0..255."""
-    classes: str | None = None
+    classes: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)] | None = None
     """A file with one class name a line, label 0 first; None: DATA/classes.txt, else sorted names."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """skip: an image that cannot be decoded is left out and listed; its update keeps its divisor."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """DALI's threads on each worker; None: the node's cores, shared out among its workers."""
-    prefetch: Count = 2
+    prefetch: Threads = 2
     """Micro-batches made ahead."""
-    readers: Count = 4
+    readers: Threads = 4
     """Threads on each worker that read files."""
     cache_on_device: bool = False
     """Decode all images at the start and keep them on the device, without DALI: for small images."""
@@ -101,8 +105,8 @@ class DataRecipe(_Section):
     @field_validator("std")
     @classmethod
     def _positive(cls, std: Triple) -> Triple:
-        if min(std) <= 0:
-            raise ValueError("each of the three must be greater than 0")
+        if min(std) < 1e-6:
+            raise ValueError("each of the three must be greater than 0, at least 1e-06")
         return std
 
     @model_validator(mode="after")
@@ -134,11 +138,11 @@ class ModelRecipe(_Section):
     """Which network."""
 
     name: str
-    num_classes: Count | None = None
+    num_classes: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """None: as many as the data has."""
     stem: Literal["imagenet", "cifar"]
     """imagenet: 7×7 stride 2 and max pooling; cifar: 3×3 stride 1."""
-    width: Count = 64
+    width: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Channels of a residual network's first stage, hidden units of the perceptron."""
     zero_init_residual: bool = False
     """The last batch norm of each block starts with gamma = 0 (Goyal et al. 2017)."""
@@ -146,7 +150,7 @@ class ModelRecipe(_Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        wide = re.fullmatch(r"wide_resnet([1-9]\d*)_([1-9]\d*)", name)
+        wide = re.fullmatch(r"wide_resnet([1-9]\d{1,2})_([1-9]\d?)", name)
         if re.fullmatch(r"resnet(18|34|50|101|152)|inception_resnet_v2|perceptron", name) or (
             wide and int(wide[1]) % 6 == 4 and int(wide[1]) > 4
         ):
@@ -169,9 +173,9 @@ class OptimizerRecipe(_Section):
 class LayoutRecipe(_Section):
     """How a global batch is cut."""
 
-    micro_batch: Count
+    micro_batch: Annotated[int, Field(ge=1, le=2**20)]
     """Samples of one forward, at most; what fits into a worker's memory."""
-    ghost_batch: Count
+    ghost_batch: Annotated[int, Field(ge=1, le=2**20)]
     """Samples that share batch-norm statistics."""
 
     @model_validator(mode="after")
@@ -189,7 +193,7 @@ class WireRecipe(_Section):
 
     form: Literal["fp16", "fp32"] = "fp16"
     """Of gradients on the network. No bf16: Horovod 0.28.1 cannot sum it for PyTorch."""
-    bucket_mb: Positive = 25.0
+    bucket_mb: Annotated[float, Field(ge=0.001, le=65_536)] = 25.0
     """Size of one message on the wire, in MB."""
 
 
@@ -226,7 +230,8 @@ class ElasticRecipe(_Section):
 class Recipe(_Section):
     """All settings of a run; a module is handed its own section only."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: str
+    """Of the run's folder, runs/NAME, where --out does not give one."""
     data: DataRecipe
     model: ModelRecipe
     schedule: Schedule
@@ -241,6 +246,16 @@ class Recipe(_Section):
     def _new_names(cls, settings: Any) -> Any:
         return with_new_names(settings) if isinstance(settings, Mapping) else settings
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name) or not name.strip(".") or len(name.encode()) > 200:
+            raise ValueError(
+                "it must be 1 to 200 letters, digits, _, - and ., and not only dots, since the "
+                "run's folder is called so"
+            )
+        return name
+
     @model_validator(mode="after")
     def _whole_ghost_batches_in_all_stages(self) -> "Recipe":
         for place, milestone in enumerate(self.schedule.milestones):
@@ -249,15 +264,18 @@ class Recipe(_Section):
                     f"schedule.milestones[{place}].ghost_batch: {milestone.ghost_batch} does not "
                     f"divide layout.micro_batch = {self.layout.micro_batch}; it must."
                 )
+        largest = max(phase.global_batch for phase in phases(self.schedule))
+        if largest > MAX_MICRO_BATCHES * self.layout.micro_batch:
+            raise ValueError(
+                f"layout.micro_batch: {self.layout.micro_batch} cuts the largest global batch, "
+                f"{largest:,}, into more than {MAX_MICRO_BATCHES:,} micro-batches; it must be at "
+                f"least {-(-largest // MAX_MICRO_BATCHES)}."
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings; Recipe.model_validate reads them back."""
         return self.model_dump(mode="json")
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the settings that change what is computed; equal = may be resumed."""
-        return hashlib.sha256(json.dumps(self._bound(), sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, old: Mapping[str, Any]) -> str:
         """Where an older recipe (of `to_dict`) computes something else: `section.key was …, is …`.
@@ -321,6 +339,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def recipe_of(settings: Any, what: str) -> Recipe:
     """The recipe of plain settings, as `to_dict` gives them; `what` begins a UserError."""
+    _refuse_truth_for_numbers(settings, Recipe, what)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -419,7 +438,7 @@ def _reason(details: Any) -> str:
         error = details["ctx"]["error"]
         message = error.at(where) if isinstance(error, SettingError) else str(error)
         # a section's own check names its keys itself
-        checks_section = isinstance(value, Mapping) or len(location) <= 1
+        checks_section = isinstance(value, Mapping) or not location
         return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
         return f"{where}: {_shown(value)} is no section; allowed keys: {', '.join(_keys_at(location))}."
@@ -435,6 +454,24 @@ def _keys_at(location: Iterable[int | str]) -> list[str]:
         if isinstance(part, str):
             keys = _keys_of(next(_sections_in(keys[part])))
     return list(keys)
+
+
+def _refuse_truth_for_numbers(settings: Any, section: Any, what: str, where: str = "") -> None:
+    """UserError for true or false where a number is wanted: Python takes them for 1 and 0."""
+    if not isinstance(settings, Mapping):
+        return
+    for key, annotation in _keys_of(section).items():
+        value = settings.get(key)
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise UserError(
+                f"{what}: {where}{key}: {str(value).lower()} is not allowed; it must not be true or "
+                "false."
+            )
+        for inner in _sections_in(annotation):
+            parts = value if isinstance(value, list | tuple) else [value]
+            for place, part in enumerate(parts):
+                index = f"[{place}]" if parts is value else ""
+                _refuse_truth_for_numbers(part, inner, what, f"{where}{key}{index}.")
 
 
 def _keys_of(section: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lbt.recipe import Recipe
-from hvd_lbt.schedule.layout import make_layout
+from hvd_lbt.schedule.layout import count_ghost_batches, make_layout
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan, Stage, target_workers
 
@@ -105,21 +105,32 @@ class _Shares:
 
 
 def _shares(recipe: Recipe, stage: Stage, workers: int) -> _Shares:
-    layouts = [
-        make_layout(
+    """What `workers` workers do, from three of them: the others do the same as one of these.
+
+    Of G ghost batches on W workers, G mod W workers have one more than the others: the first worker
+    never has, the last one has if any does and ends with the smaller rest, the third is another one.
+    """
+    ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
+    fewest, more = divmod(count_ghost_batches(stage.global_batch, ghost_batch), workers)
+    of_one = {
+        rank: make_layout(
             stage.global_batch,
             rank=rank,
             size=workers,
             micro_batch=recipe.layout.micro_batch,
-            ghost_batch=stage.ghost_batch or recipe.layout.ghost_batch,
-        )
-        for rank in range(workers)
-    ]
-    every = [len(layout.micro_batches) for layout in layouts]
-    sizes = [len(part) for layout in layouts for part in layout.micro_batches]
-    number = "–".join(f"{count:,}" for count in sorted({min(every), max(every)}))
+            ghost_batch=ghost_batch,
+        ).micro_batches
+        for rank in {0, -(-workers // max(1, more)) - 1, workers - 1}
+    }
+    few, many = len(of_one[0]), len(of_one[workers - 1])
+    sizes = {len(part) for parts in of_one.values() for part in parts}
+    number = "–".join(f"{count:,}" for count in sorted({few, many}))
     size = "–".join(str(size) for size in sorted({min(sizes), max(sizes)}))
-    return _Shares(text=f"{number} × {size}", micro_batches=sum(every), idle=every.count(0))
+    return _Shares(
+        text=f"{number} × {size}",
+        micro_batches=few * (workers - more) + many * more,
+        idle=0 if fewest else workers - more,
+    )
 
 
 def _from_to(stage: Mapping[str, Any], key: str) -> str:

@@ -15,6 +15,8 @@ from hvd_lbt.schedule.phases import Phase, Shape, lr_share, phases
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.world import World
 
+MAX_UPDATES = 100_000_000  # 300 epochs of 21 million images with a batch of 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -123,7 +125,7 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
     the last update of the run may be smaller; a single sample that is left joins the update before
     it (batch norm needs two). A stage too short for one update is left out.
 
-    Raises UserError if there are no samples.
+    Raises UserError if there are no samples, or more than MAX_UPDATES updates.
     """
     total = round(schedule.epochs * train_samples)
     if total < 1:
@@ -150,6 +152,12 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
             seen, done = seen + samples, done + updates
     plan = Plan(schedule=schedule, train_samples=train_samples, stages=tuple(stages))
     assert plan.samples == total, (plan, total)
+    if plan.updates > MAX_UPDATES:
+        raise UserError(
+            f"schedule.epochs: {schedule.epochs:g} epochs of {train_samples:,} training samples are "
+            f"{plan.updates:,} updates; at most {MAX_UPDATES:,} are allowed. Take fewer epochs or a "
+            "larger schedule.global_batch."
+        )
     return plan
 
 

@@ -8,7 +8,7 @@ this package; a recipe (YAML) only fills these classes in.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice, pairwise
-from math import inf, isfinite
+from math import inf, isfinite, log, prod
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -34,10 +34,11 @@ class SettingError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a number must be: greater than `above`, at least `least`, less than `below`."""
+    """What a number must be: above `above`, at least `least`, at most `most`, below `below`."""
 
     above: float = -inf
     least: float = -inf
+    most: float = inf
     below: float = inf
 
     def wanted(self, number: float) -> str:
@@ -46,12 +47,18 @@ class Bounds:
             return f"greater than {self.above:g}"
         if number < self.least:
             return f"greater than or equal to {self.least:g}"
+        if number > self.most:
+            return f"less than or equal to {self.most:g}"
         return f"less than {self.below:g}" if number >= self.below else ""
 
 
-Count = Annotated[int, Bounds(least=1)]
-Positive = Annotated[float, Bounds(above=0)]
-Factor = Annotated[float, Bounds(above=1)]
+# Far beyond any training, and small enough that no product of settings overflows or takes long.
+MAX_STAGES = 1_000
+MAX_FALL = 1e12  # of the noise scale, from the first stage to the last
+Count = Annotated[int, Bounds(least=1, most=10**10)]
+Positive = Annotated[float, Bounds(above=0, most=1e9)]
+LearningRate = Annotated[float, Bounds(above=0, least=1e-12, most=1e9)]
+Factor = Annotated[float, Bounds(above=1, most=MAX_FALL)]
 Momentum = Annotated[float, Bounds(least=0, below=1)]
 
 
@@ -95,7 +102,7 @@ class WarmUp(_Checked):
     """The lr rises linearly over the first epochs, then is schedule.lr (Goyal et al. 2017, 2.2)."""
 
     epochs: Positive
-    first_lr: Positive
+    first_lr: LearningRate
     """Of the first update; Goyal et al.: that of one worker, 0.1."""
 
 
@@ -116,7 +123,7 @@ class Cosine(_Checked):
 class ScaledStart(_Checked):
     """Start from a larger lr or momentum; the first batch grows to keep the noise scale."""
 
-    lr: Positive | None = None
+    lr: LearningRate | None = None
     momentum: Momentum | None = None
 
 
@@ -126,7 +133,7 @@ class Schedule(_Checked):
 
     policy: Literal["decay_lr", "hybrid", "grow_batch"]
     epochs: Positive
-    lr: Positive
+    lr: LearningRate
     momentum: Momentum
     global_batch: Count
     max_global_batch: Count = 65_536
@@ -212,6 +219,16 @@ class Schedule(_Checked):
                 f".milestones: the last is at epoch {epochs[-1]:g}; it must be before the end, "
                 f"schedule.epochs = {self.epochs:g}."
             )
+        if len(self.milestones) >= MAX_STAGES:
+            yield (
+                f".milestones: {len(self.milestones):,} are too many; at most {MAX_STAGES - 1:,} "
+                "are allowed."
+            )
+        if (fall := prod(milestone.factor for milestone in self.milestones)) > MAX_FALL:
+            yield (
+                f".milestones: their factors together lower the noise scale by {fall:g}; at most "
+                f"{MAX_FALL:g} is allowed."
+            )
 
     def _batch_conflicts(self) -> Iterator[str]:
         if self.global_batch > self.max_global_batch:
@@ -260,6 +277,14 @@ class Schedule(_Checked):
             yield (
                 ".policy: 'hybrid' shares milestones out, and schedule.cosine has none; it must be "
                 "decay_lr or grow_batch."
+            )
+        rise = self.max_global_batch / self.wanted_global_batch
+        factor = self.cosine.batch_factor or 2.0
+        if self.policy == "grow_batch" and rise > 1 and log(rise) > MAX_STAGES * log(factor):
+            yield (
+                f".cosine.batch_factor: {factor:.12g} makes more than {MAX_STAGES:,} stages on the "
+                f"way to schedule.max_global_batch = {self.max_global_batch}; it must be at least "
+                f"{rise ** (1 / MAX_STAGES):.6g}."
             )
         if self.policy == "decay_lr" and self.cosine.batch_factor is not None:
             yield (
