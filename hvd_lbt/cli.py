@@ -6,12 +6,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NoReturn
 
 from hvd_lbt import terminal
-from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.errors import RenamedWarning, SampleError, UserError
 from hvd_lbt.terminal import printable
 
 # Each module has add_arguments(parser) and main(args); it is imported when its command is called,
@@ -56,6 +58,21 @@ RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PR
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point `hvd_lbt`: the exit code is 0, 2 for a user's error, or the command's own."""
     terminal.escape_what_cannot_be_encoded()
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        warnings.simplefilter("always", RenamedWarning)
+        return _run(argv)
+
+
+def _show_warning(usual: Callable[..., None], message: Any, kind: Any, *place: Any) -> None:
+    """What a user can change about a recipe in one line, once for all ranks."""
+    if not issubclass(kind, RenamedWarning):
+        usual(message, kind, *place)
+    elif _rank() == 0:
+        print(f"hvd_lbt: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(argv)
         command = args.__dict__.pop("_command")

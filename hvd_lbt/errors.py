@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input: one paragraph that names the setting or the file, and says what would be right."""
 
 
+class RenamedWarning(FutureWarning):
+    """An old name was used, which works for one more release."""
+
+
 class SampleError(UserError):
     """A sample that cannot be read or decoded; only the rank that met it knows."""
 

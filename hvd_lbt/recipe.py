@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hvd_lbt import plain_yaml
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import RenamedWarning, UserError
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.settings import Schedule, SettingError
 
@@ -298,7 +298,7 @@ class Recipe(_Section):
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with the present name of each renamed one; says so by a FutureWarning.
+    """`settings` with the present name of each renamed one; says so by a RenamedWarning.
 
     Raises UserError if the old and the new name are both there.
     """
@@ -314,7 +314,7 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
             )
         warnings.warn(
             f"{section}.{old} is called {section}.{new} now; the old name works until hvd_lbt 0.3.",
-            FutureWarning,
+            RenamedWarning,
             stacklevel=2,
         )
         renamed[section] = {new if key == old else key: value for key, value in inside.items()}

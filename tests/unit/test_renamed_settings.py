@@ -2,7 +2,8 @@
 
 import pytest
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.cli import main
+from hvd_lbt.errors import RenamedWarning, UserError
 from hvd_lbt.recipe import RENAMED, Recipe, load_recipe
 
 
@@ -14,7 +15,7 @@ def with_old_names(recipe):
 
 
 def test_an_override_with_an_old_name_works_and_warns():
-    with pytest.warns(FutureWarning, match=r"schedule\.raised is called schedule\.scaled_start"):
+    with pytest.warns(RenamedWarning, match=r"schedule\.raised is called schedule\.scaled_start"):
         old = load_recipe("cifar10_grow_batch_lr", ["schedule.raised.lr=0.4"])
     assert old == load_recipe("cifar10_grow_batch_lr", ["schedule.scaled_start.lr=0.4"])
     assert old.schedule.first_lr == 0.4
@@ -22,8 +23,10 @@ def test_an_override_with_an_old_name_works_and_warns():
 
 def test_a_file_with_an_old_name_changes_its_base(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("base: cifar10_grow_batch_lr\nname: mine\nschedule: {raised: {lr: 0.4}}\n")
-    with pytest.warns(FutureWarning, match="raised"):
+    file.write_text(
+        "base: cifar10_decay_lr\nname: mine\nschedule: {policy: grow_batch, raised: {lr: 0.4}}\n"
+    )
+    with pytest.warns(RenamedWarning, match="raised"):
         assert load_recipe(file).schedule.first_lr == 0.4
 
 
@@ -36,10 +39,13 @@ def test_both_names_at_once_are_refused(tmp_path):
 
 def test_a_checkpoint_of_the_release_before_resumes():
     recipe = load_recipe("cifar10_grow_batch_lr")
-    with pytest.warns(FutureWarning, match=r"data\.resident"):
-        assert recipe.changes_since(with_old_names(recipe)) == ""
-    with pytest.warns(FutureWarning, match=r"data\.resident"):
-        assert Recipe.model_validate(with_old_names(recipe)) == recipe
+    old = with_old_names(recipe)
+    with pytest.warns(RenamedWarning) as warned:
+        assert recipe.changes_since(old) == ""
+    assert len(warned) == len(RENAMED)
+    with pytest.warns(RenamedWarning):
+        read = Recipe.model_validate(old)
+    assert read == recipe
 
 
 def test_a_setting_that_an_old_recipe_lacks_counts_with_its_default():
@@ -49,3 +55,13 @@ def test_a_setting_that_an_old_recipe_lacks_counts_with_its_default():
     assert recipe.changes_since(old) == ""
     other = load_recipe("digits", ["schedule.batch_multiple=16"])
     assert other.changes_since(old) == "schedule.batch_multiple was 1, is 16"
+
+
+def test_the_command_line_says_it_in_one_line(capsys):
+    assert main(["plan", "digits", "--set", "data.resident=true"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        (
+            "hvd_lbt: data.resident is called data.cache_on_device now; the old name works until "
+            "hvd_lbt 0.3."
+        )
+    ]
