@@ -146,6 +146,7 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
                 updates += 1
             elif not updates:  # one sample for a stage: it joins the stage before
                 stages[-1] = replace(stages[-1], samples=stages[-1].samples + 1)
+                seen = end
         if updates > 0:
             extent = (done, updates, seen, samples)
             stages.append(_stage(schedule, len(stages), span, train_samples, extent))

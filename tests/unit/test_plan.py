@@ -427,3 +427,15 @@ def test_impossible_combinations_name_their_keys(overrides, message):
     with pytest.raises(UserError) as caught:
         load_recipe("digits", overrides)
     assert f"Recipe digits: {message}" in str(caught.value)
+
+
+def test_a_single_sample_joins_the_stage_before_once():
+    """Two milestones that round to the end of the run: the last sample was counted twice."""
+    short = schedule(
+        policy="hybrid",
+        epochs=10,
+        global_batch=1,
+        milestones=[{"epoch": 9, "factor": 2}, {"epoch": 9.5, "factor": 2}],
+    )
+    plan = make_plan(short, 1)
+    assert [stage.samples for stage in plan.stages] == [10]
