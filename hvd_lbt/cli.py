@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from hvd_lbt import terminal
 from hvd_lbt.errors import RenamedWarning, SampleError, UserError
 from hvd_lbt.terminal import printable
+from hvd_lbt.world import RANK_VARIABLES
 
 # Each module has add_arguments(parser) and main(args); it is imported when its command is called,
 # so that `plan` works on a login node where Horovod does not.
@@ -52,7 +53,6 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 # A launcher kills all ranks when one fails: the rank that tells the reason must come first.
 SECONDS_TO_TELL = 3.0
-RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,9 +4,15 @@ Every collective sums (averages are the caller's arithmetic: weighting is by sam
 Collectives on tensors work in place and return when, or a handle to wait until, the world's sum is
 there. `name` pairs the tensors of the ranks; a stable name lets Horovod's response cache skip the
 negotiation.
+
+Every call that waits for other ranks is watched: where one does not answer (frozen, unreachable),
+this process ends with EXIT_STALLED instead of waiting for ever.
 """
 
+import atexit
+import ctypes
 import io
+import math
 import os
 import socket
 import sys
@@ -19,13 +25,18 @@ import torch
 from torch import Tensor
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.world import World
+from hvd_lbt.world import RANK_VARIABLES, World
 
 # Horovod finalises MPI when the library is unloaded unless mpi4py, imported first, owns that duty:
 # the other order ends about one run in five with signal 11. Under Gloo no MPI must be touched.
 _GLOO = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "gloo"
 try:
     if not _GLOO:
+        import mpi4py
+
+        # MPI starts in init() and ends in shutdown(), where waiting for a rank can be watched:
+        # mpi4py's own calls keep the GIL, and so the watchdog, waiting too.
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     import horovod.torch as hvd
     from horovod.common.exceptions import HorovodInternalError
@@ -42,13 +53,29 @@ WorkerLostError = HorovodInternalError
 # A collective that one rank does not join ends the run after so many seconds; Horovod names tensor
 # and ranks, first as a warning. It must be set before Horovod starts; 0 waits for ever.
 STALL_SECONDS = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+GLOO_SECONDS = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 # Horovod cannot see a rank that is frozen or unreachable: a watchdog comes so much later.
 WATCHDOG_MARGIN = 30.0
 EXIT_STALLED = 74  # EX_IOERR of sysexits.h: another rank does not answer
 _names: dict[int, str] = {}  # of the handles that are out
-_waiting: tuple[str, float] | None = None  # for which sum, since when
+_waiting: tuple[str, float] | None = None  # for what, since when
 _watched = False
 _opened: list[int] = []  # the file descriptors of this world's connections, among others
+
+
+class _WaitingFor:
+    """Everything that waits for other ranks runs in this context, for the watchdog to see."""
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def __enter__(self) -> None:
+        global _waiting
+        self._outer, _waiting = _waiting, _waiting or (self._what, time.monotonic())
+
+    def __exit__(self, *error: object) -> None:
+        global _waiting
+        _waiting = self._outer
 
 
 def init(device: int | None = None) -> World:
@@ -57,14 +84,13 @@ def init(device: int | None = None) -> World:
     device: the number of the GPU if it is not the local rank; a worker that has outlived a smaller
     local rank keeps its own.
     """
-    global _watched
-    os.environ.setdefault(STALL_SECONDS, "600")
+    _start_watchdog()
     before = set(os.listdir("/proc/self/fd"))
-    hvd.init()
+    with _WaitingFor("the start of all ranks"):
+        if not _GLOO:
+            _start_mpi()
+        hvd.init()
     _opened[:] = [int(name) for name in os.listdir("/proc/self/fd") if name not in before]
-    if hvd.size() > 1 and not _watched and (stall := float(os.environ[STALL_SECONDS])):
-        threading.Thread(target=_watch, args=(stall,), daemon=True, name="watchdog").start()
-        _watched = True
     world = World(
         rank=hvd.rank(),
         size=hvd.size(),
@@ -79,6 +105,24 @@ def init(device: int | None = None) -> World:
             )
         torch.cuda.set_device(world.local_rank)
     return world
+
+
+def _start_mpi() -> None:
+    """MPI_Init, without the GIL."""
+    if MPI.Is_initialized():
+        return
+    provided = ctypes.c_int()
+    ctypes.CDLL(MPI.__file__).MPI_Init_thread(
+        None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)
+    )
+    atexit.register(_end_mpi)
+
+
+def _end_mpi() -> None:
+    """MPI_Finalize, without the GIL; it waits for all ranks."""
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        with _WaitingFor("the end of all ranks"):
+            ctypes.CDLL(MPI.__file__).MPI_Finalize()
 
 
 def horovod() -> Any:
@@ -100,12 +144,8 @@ def allreduce_async_(tensor: Tensor, name: str) -> int:
 
 def synchronize(handle: int) -> Tensor:
     """Wait for a handle of `allreduce_async_`."""
-    global _waiting
-    _waiting = (_names.pop(handle, "a collective"), time.monotonic())
-    try:
+    with _WaitingFor(f"the ranks' sum of {_names.pop(handle, 'a collective')!r}"):
         return hvd.synchronize(handle)
-    finally:
-        _waiting = None
 
 
 def allreduce_(tensor: Tensor, name: str) -> Tensor:
@@ -119,8 +159,9 @@ def broadcast_(tensors: Mapping[str, Tensor], root: int = 0) -> None:
         hvd.broadcast_async_(_as_it_lies(tensor), root, name=f"broadcast.{name}")
         for name, tensor in tensors.items()
     ]
-    for handle in handles:
-        hvd.synchronize(handle)
+    with _WaitingFor("a broadcast of tensors"):
+        for handle in handles:
+            hvd.synchronize(handle)
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
@@ -135,18 +176,20 @@ def broadcast_object(value: Any, root: int = 0) -> Any:
     poses as `root` can send data only. TypeError, on `root`, for what is not plain.
     """
     here = _packed(value) if hvd.rank() == root else torch.zeros(0, dtype=torch.uint8)
-    size = hvd.broadcast_(torch.tensor([here.numel()]), root, name="object.size")
-    if hvd.rank() != root:
-        here = torch.empty(int(size), dtype=torch.uint8)
-    hvd.broadcast_(here, root, name="object.bytes")
+    with _WaitingFor(f"a broadcast of rank {root}'s data"):
+        size = hvd.broadcast_(torch.tensor([here.numel()]), root, name="object.size")
+        if hvd.rank() != root:
+            here = torch.empty(int(size), dtype=torch.uint8)
+        hvd.broadcast_(here, root, name="object.bytes")
     return value if hvd.rank() == root else _unpacked(here)
 
 
 def allgather_object(value: Any) -> list[Any]:
     """The plain values of all ranks, by rank; plain as in `broadcast_object`."""
     here = _packed(value)
-    sizes = hvd.allgather(torch.tensor([here.numel()]), name="objects.size").tolist()
-    parts = hvd.allgather(here, name="objects.bytes").split(sizes)
+    with _WaitingFor("the data of all ranks"):
+        sizes = hvd.allgather(torch.tensor([here.numel()]), name="objects.size").tolist()
+        parts = hvd.allgather(here, name="objects.bytes").split(sizes)
     return [_unpacked(part) for part in parts]
 
 
@@ -183,26 +226,49 @@ def _check_plain(value: Any) -> None:
 
 def barrier() -> None:
     """Return when every rank has come here."""
-    hvd.barrier()
+    with _WaitingFor("a barrier"):
+        hvd.barrier()
 
 
 def shutdown() -> None:
     """Leave together: without the barrier a rank may tear down what another still uses."""
     if is_initialized():
-        hvd.barrier()
-        hvd.shutdown()
+        with _WaitingFor("the last barrier"):
+            hvd.barrier()
+        with _WaitingFor("the shutdown of all ranks"):
+            hvd.shutdown()
+        if not _GLOO:
+            _end_mpi()
+
+
+def _start_watchdog() -> None:
+    """Begin to watch, unless it is done or HOROVOD_STALL_SHUTDOWN_TIME_SECONDS is 0."""
+    global _watched
+    value = os.environ.setdefault(STALL_SECONDS, "600")
+    try:
+        stall = float(value)
+    except ValueError as error:
+        raise UserError(f"{STALL_SECONDS}={value}: it must be a number of seconds.") from error
+    if stall > 0 and not _watched:
+        if _GLOO and os.environ.get("HOROVOD_ELASTIC") != "1":
+            # Gloo would raise after its own 30 s, which could not be told from a rank that died.
+            patience = math.ceil(min(stall + 2 * WATCHDOG_MARGIN, 2e6))
+            os.environ[GLOO_SECONDS] = str(patience)
+        threading.Thread(target=_watch, args=(stall,), daemon=True, name="watchdog").start()
+        _watched = True
 
 
 def _watch(stall: float) -> None:
     """End this process if it waits for the others longer than Horovod's own check allows."""
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
     while True:
         time.sleep(min(5.0, stall / 4))
         waiting = _waiting
         if waiting and time.monotonic() - waiting[1] > stall + WATCHDOG_MARGIN:
             print(
-                f"hvd_lbt: rank {hvd.rank()} on {os.uname().nodename} has waited "
-                f"{time.monotonic() - waiting[1]:.0f} s for the ranks' sum of {waiting[0]!r}: another "
-                f"rank hangs, is frozen or unreachable. Ended ({STALL_SECONDS}={stall:g}).",
+                f"hvd_lbt: rank {rank} on {os.uname().nodename} has waited "
+                f"{time.monotonic() - waiting[1]:.0f} s for {waiting[0]}: another rank hangs, is "
+                f"frozen or unreachable. Ended ({STALL_SECONDS}={stall:g}).",
                 file=sys.stderr,
                 flush=True,
             )
@@ -211,7 +277,8 @@ def _watch(stall: float) -> None:
 
 def leave() -> None:
     """Leave a world of which others are lost, or which is to change; init() joins the next one."""
-    hvd.shutdown()
+    with _WaitingFor("the end of this world"):
+        hvd.shutdown()
 
 
 def disconnect() -> None:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# By which a launcher gives a process its rank, before the process has joined the world.
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
