@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe
 from hvd_lbt.run_lock import RunLock
 from hvd_lbt.world import World
@@ -69,7 +69,7 @@ class Checkpoints:
     def save(self, update: int, state: Mapping[str, Any], *, best: bool = False) -> None:
         """Copy the state after `update` updates now; the thread writes it. No more than one waits.
 
-        Raises on all ranks: UserError if the save before could not be written, RuntimeError if the
+        Raises on all ranks: CheckpointError if the save before could not be written, RuntimeError if the
         ranks' weights differ.
         """
         told = self._allgather((self._error(), weights_checksum(state["model"])))
@@ -81,7 +81,7 @@ class Checkpoints:
             self._writing = self._writer.submit(self._write, update, copy, best)
 
     def wait(self) -> None:
-        """Return when the last save is on disk; raises UserError on all ranks if it is not."""
+        """Return when the last save is on disk; raises CheckpointError on all ranks if it is not."""
         _raise_first(self._allgather(self._error()))
 
     def last_good(self) -> str:
@@ -130,7 +130,7 @@ class Checkpoints:
             if not file.exists():
                 _digest_of(file).unlink(missing_ok=True)
             there = [old.name for old in checkpoint_files(self.folder)]
-            raise UserError(
+            raise CheckpointError(
                 f"The checkpoint {file} could not be written ({_reason(error)}). Free space or mend "
                 f"the folder, then go on with --resume from the one before: "
                 f"{there[-1] if there else 'there is none yet'}."
@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _raise_first(errors: Iterable[str]) -> None:
     for error in filter(None, errors):
-        raise UserError(error)
+        raise CheckpointError(error)
 
 
 def _weights_agree(checksums: Sequence[int], updates_done: int) -> None:

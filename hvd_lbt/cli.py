@@ -21,7 +21,7 @@ from hvd_lbt.world import RANK_VARIABLES
 # so that `plan` works on a login node where Horovod does not.
 COMMANDS = {
     "train": ("hvd_lbt.train", "train a recipe, alone or under horovodrun, mpirun or srun"),
-    "elastic": ("hvd_lbt.elastic_driver", "train on workers that may come and go"),
+    "elastic": ("hvd_lbt.elastic.cli", "train on workers that may come and go"),
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
     "recipes": ("hvd_lbt.show_recipes", "list the shipped recipes, or print one as a whole"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),

@@ -18,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ EXIT_STALLED = 74  # EX_IOERR of sysexits.h: another rank does not answer
 _names: dict[int, str] = {}  # of the handles that are out
 _waiting: tuple[str, float] | None = None  # for what, since when
 _watched = False
-_opened: list[int] = []  # the file descriptors of this world's connections, among others
+_opened: list[tuple[int, str, str]] = []  # this world's connections: file descriptor and ends
 
 
 class _WaitingFor:
@@ -90,7 +91,7 @@ def init(device: int | None = None) -> World:
         if not _GLOO:
             _start_mpi()
         hvd.init()
-    _opened[:] = [int(name) for name in os.listdir("/proc/self/fd") if name not in before]
+    _opened[:] = _connected(int(name) for name in os.listdir("/proc/self/fd") if name not in before)
     world = World(
         rank=hvd.rank(),
         size=hvd.size(),
@@ -281,19 +282,37 @@ def leave() -> None:
         hvd.shutdown()
 
 
+def connections() -> list[tuple[str, str]]:
+    """The TCP connections that `init` opened: own address and the other's, each HOST:PORT."""
+    return [(own, other) for _, own, other in _opened]
+
+
 def disconnect() -> None:
     """End the connections of this world, from another thread than the one that waits in a collective.
 
-    When a rank dies, Gloo tells only the ranks that talk to it just then; the others would wait for
-    them until its timeout. Cut off, a collective raises WorkerLostError at once.
+    When a rank dies, Gloo notices only in the ranks that talk to it just then; the others would wait
+    for them until its timeout. Disconnected, a collective raises WorkerLostError at once.
     """
-    for number in _opened:
-        try:
-            with socket.socket(fileno=os.dup(number)) as connection:
-                connection.getpeername()  # not one that listens
+    for number, own, other in _opened:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            if _ends(connection) == (own, other):  # else the number is another file's by now
                 connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue  # a file, or closed already
+
+
+def _connected(numbers: Iterable[int]) -> Iterator[tuple[int, str, str]]:
+    """Those of these file descriptors that are TCP connections, with their ends."""
+    for number in numbers:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                yield number, *_ends(connection)
+
+
+def _ends(connection: socket.socket) -> tuple[str, str]:
+    """Own address and the other's, each HOST:PORT. OSError for a socket that listens."""
+    # the zone of an IPv6 address is this host's own word for an interface
+    host, port, *_ = connection.getpeername()
+    own_host, own_port, *_ = connection.getsockname()
+    return f"{own_host.partition('%')[0]}:{own_port}", f"{host.partition('%')[0]}:{port}"
 
 
 def abort(code: int) -> None:

@@ -19,3 +19,7 @@ class BadUpdatesError(UserError):
 
 class ReadError(SampleError):
     """The storage failed, not the sample: never skipped."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written: the storage is full, or fails."""

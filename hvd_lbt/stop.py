@@ -5,9 +5,10 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the elastic driver needs the constants, and no torch
+    from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Slurm and srun may each hand on the one signal that was meant: later than this it is a second one.
@@ -24,9 +25,11 @@ class StopRequest:
 
     def __init__(
         self,
-        allreduce_async: Callable[[Tensor, str], int],
-        synchronize: Callable[[int], Tensor],
+        allreduce_async: "Callable[[Tensor, str], int]",
+        synchronize: "Callable[[int], Tensor]",
     ):
+        import torch
+
         self._allreduce_async, self._synchronize = allreduce_async, synchronize
         self._asked_at = float("inf")
         self._asked = torch.zeros(2)  # stop · save
@@ -41,9 +44,17 @@ class StopRequest:
             os._exit(128 + number)
         self._asked_at = min(self._asked_at, now)
 
+    def request(self) -> None:
+        """Stop after this update, as after a signal, and never at once: asking twice is harmless."""
+        self._asked_at = min(self._asked_at, time.monotonic())
+
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._asked_at < float("inf")
+
     def ask(self, save: bool = False) -> None:
         """Begin to sum the flags as they are now."""
-        self._asked[0] = float(self._asked_at < float("inf"))
+        self._asked[0] = float(self.requested())
         self._asked[1] = float(save)
         self._sum.copy_(self._asked)
         self._handle = self._allreduce_async(self._sum, "stop")

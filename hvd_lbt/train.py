@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from hvd_lbt import comm, elastic
+from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.samples import Batch, batch_maker
 from hvd_lbt.data.store import open_data
+from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
@@ -170,7 +171,7 @@ def train(
     sums = torch.zeros(3, device=device)  # of losses, of right answers, of samples not left out
     model.train()
     if membership:
-        membership.begin(plan.stages[updates[0].stage], at_end=log.close)
+        membership.begin(plan.stages[updates[0].stage], at_end=log.close, stop=stop)
 
     for update in updates:
         set_hyperparameters(optimizer, update, recipe.schedule)

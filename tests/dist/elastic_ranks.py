@@ -2,8 +2,8 @@
 
 Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's last gradients, which
 samples of the stream went into them as DALI was given them; and which updates it saw committed.
-$HVD_LBT_TEST_PAUSE seconds are slept in each update; with "wished" an update waits until the world has
-the size that the run wishes for, or is about to change, however slow the machine. $HVD_LBT_TEST_DIE:
+$HVD_LBT_TEST_PAUSE seconds are slept in each update; with "target" an update waits until the world has
+the size that the run asks for, or is about to change, however slow the machine. $HVD_LBT_TEST_DIE:
 "evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a file has its name, once.
 """
 
@@ -24,8 +24,9 @@ nn.ReLU = lambda inplace=False: nn.Softplus()
 
 def write_down(folder: Path, pause: str) -> None:
     """Wrap what the training loop calls."""
-    from hvd_lbt import checkpoint, elastic, train
+    from hvd_lbt import checkpoint, train
     from hvd_lbt.data import pipeline, samples
+    from hvd_lbt.elastic import worker as elastic
 
     lines = (folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
     given: deque = deque()  # to DALI, in the order in which batches come out
@@ -62,11 +63,11 @@ def write_down(folder: Path, pause: str) -> None:
         set_hyperparameters(optimizer, update, schedule)
         now["update"] = update.index
         drawn.clear()
-        if pause != "wished":
+        if pause != "target":
             time.sleep(float(pause))
             return
         member = members[-1]
-        while member._wished not in (0, now["size"]) and not member._wanted["regroup"]:
+        while member._target not in (0, now["size"]) and not member._wanted["regroup"]:
             time.sleep(0.05)
 
     def noted_backward(self, loss, *, last=True):

@@ -243,7 +243,7 @@ def test_workers_grow_and_shrink_with_the_batch(elastic, ranks, tmp_path):
         "elastic.local_batch=32",
     )
     ranks(1, *train(*stages, out=tmp_path / "fixed", smooth=True), timeout=300)
-    run = elastic(*stages, slots=3, maximum=3, pause="wished")
+    run = elastic(*stages, slots=3, maximum=3, pause="target")
     assert run.end(600) == 0, run.said()
     check_whole(run, stages)
     assert difference(tmp_path / "fixed", run.out) < ROUNDING

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from hvd_lbt.elastic_driver import Driver, Slot, Worker, find_slots, world_of
-from hvd_lbt.errors import UserError
+from hvd_lbt.elastic.decisions import Driver, Slot, Worker, world_of
 
 
 class FakeProcess:
@@ -32,7 +31,7 @@ class Stage:
             minimum,
             maximum,
             start=self.start,
-            serve=lambda answers: self.served.update(answers),
+            serve=lambda generation, answers, workers: self.served.update(answers),
             say=lambda text, **facts: self.told.append(facts),
             patience=100,
             clock=lambda: self.now,
@@ -254,8 +253,106 @@ def test_world_of_two_hosts_as_horovod_numbers_it():
     assert [place["cross_size"] for place in places] == [2, 2, 1]
 
 
-def test_discovery_lines():
-    found = find_slots(["# comment", "a:2", "", " b ", "a:1"])
-    assert found == [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
-    with pytest.raises(UserError, match="'a:x' is no HOST:SLOTS"):
-        find_slots(["a:x"])
+def meshes(stage: Stage, generation: int, *reports: list[list[str]]) -> list[dict]:
+    """All members report their connections, then ask again; the last answers."""
+    names = [name for name, w in stage.driver.workers.items() if w.assignment]
+    for _ in range(2):
+        answers = [
+            stage.driver.report(name, {"generation": generation, "connections": report})
+            for name, report in zip(names, reports, strict=True)
+        ]
+    return answers
+
+
+def test_a_world_trains_when_all_its_connections_are_between_workers():
+    stage = Stage(1, 2, HERE)
+    stage.all_ask()
+    first = stage.name("here", 0)
+    report = [["10.0.0.1:1", "10.0.0.2:9"], ["10.0.0.1:2", "10.0.0.2:8"]]
+    other = [[there, here] for here, there in report]
+    alone = stage.driver.report(first, {"generation": 1, "connections": report})
+    assert alone == {"wait": True}  # for the other's report
+    assert meshes(stage, 1, report, other) == [{"checked": True}] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([["a:1", "b:2"]], [["b:2", "c:3"]]),  # a stranger came first at the second
+        ([["a:1", "b:2"], ["a:4", "c:3"]], [["b:2", "a:1"]]),  # and one more
+        ([["a:1", "b:2"]], []),  # the second's end is not there
+        ([["a:1", "b:2"]], [["a:1", "b:2"]]),  # the same end twice
+    ],
+)
+def test_a_world_with_a_stranger_in_it_is_dissolved(first, second):
+    stage = Stage(1, 2, HERE)
+    stage.all_ask()
+    assert meshes(stage, 1, first, second) == [{"lost": True}] * 2
+    places = stage.all_ask(1)
+    assert {place["generation"] for place in places.values()} == {2}
+    assert meshes(stage, 1, [], []) == [{"lost": True}] * 2  # late, of the world before
+    assert meshes(stage, 2, [["a:1", "b:2"]], [["b:2", "a:1"]]) == [{"checked": True}] * 2
+
+
+def test_strangers_that_come_again_and_again_end_the_run():
+    stage = Stage(1, 2, HERE)
+    stage.all_ask()
+    for generation in range(1, 20):
+        if stage.driver.finished is not None:
+            break
+        meshes(stage, generation, [["a:1", "x:2"]], [["b:2", "a:1"]])
+        stage.all_ask(generation)
+    assert stage.driver.finished == 1
+
+
+def test_a_worker_that_is_lost_while_others_report_their_connections_is_met():
+    stage = Stage(1, 2, HERE)
+    stage.all_ask()
+    first, second = stage.name("here", 0), stage.name("here", 1)
+    assert stage.driver.report(first, {"generation": 1, "connections": [["a:1", "b:2"]]})["wait"]
+    stage.processes[second].kill()
+    stage.tick()
+    assert stage.driver.report(first, {"generation": 1, "connections": [["a:1", "b:2"]]})["lost"]
+
+
+def test_a_worker_frozen_while_it_loads_is_replaced_then_given_more_time():
+    stage = Stage(1, 2, HERE)
+    frozen, other = stage.name("here", 0), stage.name("here", 1)
+    allowed = []
+    for _ in range(4):
+        began = stage.now
+        while frozen in stage.driver.workers:
+            stage.ask(other)
+            stage.tick(1)
+        allowed.append(stage.now - began)
+        while not any(w.slot == ("here", 0) for w in stage.driver.workers.values()):
+            stage.ask(other)
+            stage.tick(1)
+        frozen = stage.name("here", 0)
+    assert allowed == pytest.approx([100, 200, 400, 800], abs=3)
+    assert stage.driver.finished is None
+
+
+def test_a_worker_that_loads_slowly_is_not_killed_once_it_has_asked():
+    stage = Stage(1, 1, HERE)
+    slow = stage.name("here", 0)
+    stage.tick(99)
+    stage.ask(slow)
+    stage.tick(5)
+    stage.ask(slow)
+    assert slow in stage.driver.workers
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_later():
+    stage = Stage(1, 1, [])
+    tries = []
+
+    def fails(slot: Slot, name: str) -> FakeProcess:
+        tries.append(stage.now)
+        raise FileNotFoundError(2, "No such file", "nosuchshell")
+
+    stage.driver._start = fails
+    stage.driver.slots = HERE[:1]
+    for _ in range(600):
+        stage.tick(0.1)
+    assert 3 < len(tries) < 8

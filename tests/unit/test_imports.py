@@ -21,15 +21,15 @@ LAYERS = [
     {"recipe", "optim", "models"},
     {"reducer", "hyperparameters", "data", "checkpoint", "comm", "measure", "stage_table"},
     {"metrics"},
-    {"elastic_driver"},
-    {"evaluate", "elastic"},
+    {"elastic"},
+    {"evaluate", "elastic.worker"},
     {"train", "report", "show_plan", "show_recipes", "doctor", "bench"},
     {"studies"},
     {"study"},
     {"cli"},
     {"__main__"},
 ]
-USERS_OF_COMM = {"train", "evaluate", "elastic", "doctor", "bench", "studies", "cli"}
+USERS_OF_COMM = {"train", "evaluate", "elastic.worker", "doctor", "bench", "studies", "cli"}
 PURE = {  # the standard library, and what is named
     "errors": set(),
     "world": set(),

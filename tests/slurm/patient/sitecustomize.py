@@ -1,4 +1,4 @@
-"""With this folder in PYTHONPATH an elastic training waits for the workers that it wishes for.
+"""With this folder in PYTHONPATH an elastic training waits for the workers that it asks for.
 
 Without that the run might be over before Slurm has started the job that lends them.
 """
@@ -7,13 +7,14 @@ import os
 import time
 
 if "HVD_LBT_ELASTIC" in os.environ:  # a worker
-    from hvd_lbt import comm, elastic
+    from hvd_lbt import comm
+    from hvd_lbt.elastic import worker as elastic
 
     commit = elastic.Membership.commit
 
     def patient_commit(self, state, following):
         commit(self, state, following)
-        while self._wished > comm.horovod().size() and not self._wanted["regroup"]:
+        while self._target > comm.horovod().size() and not self._wanted["regroup"]:
             time.sleep(0.05)
 
     elastic.Membership.commit = patient_commit
