@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_lbt.bench.harness import Lines, Subject, speedup, time_interleaved
+from hvd_lbt.bench.native import SHUFFLED, native_batches, native_decoding
 from hvd_lbt.data.convert import ENDINGS, convert
 from hvd_lbt.data.index import TICK
-from hvd_lbt.data.native import SHUFFLED, native_batches, native_decoding
 from hvd_lbt.data.pipeline import evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_train_split
 from hvd_lbt.errors import UserError

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from hvd_lbt.errors import UserError
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
 from hvd_lbt.metrics import revision, versions
-from hvd_lbt.report import COLOURS, FONTS
+from hvd_lbt.report.pictures import FONTS
+from hvd_lbt.report.runs import COLOURS
 from hvd_lbt.rounding import five_digits
 from hvd_lbt.studies.trainings import made_with
 

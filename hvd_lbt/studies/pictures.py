@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from hvd_lbt.report import COLOURS, FONTS
+from hvd_lbt.report.pictures import FONTS
+from hvd_lbt.report.runs import COLOURS
 
 Found = dict[str, Any]
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")

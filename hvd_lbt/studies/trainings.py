@@ -23,7 +23,8 @@ from hvd_lbt import plain_yaml
 from hvd_lbt.data.digits import cache_folder, write_digits
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe, load_recipe, recipe_of
-from hvd_lbt.report import Band, Group, Run, evaluated, measured, read_run
+from hvd_lbt.report.curves import Band, evaluated, measured
+from hvd_lbt.report.runs import Group, Run, read_run
 from hvd_lbt.rounding import five_digits
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED

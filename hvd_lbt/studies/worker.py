@@ -13,7 +13,7 @@ from typing import Any
 from hvd_lbt import comm
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
-from hvd_lbt.report import read_run
+from hvd_lbt.report.runs import read_run
 from hvd_lbt.run_lock import own_run
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.train import train

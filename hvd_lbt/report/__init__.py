@@ -1,0 +1,71 @@
+"""Draw one or more runs: a self-contained HTML page and its pictures, from RUN/metrics.jsonl.
+
+Runs that differ only by their seed are one group: one colour, the mean as a line and the range from
+the lowest to the highest run as a band.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.report.page import render, spread, updates_done
+from hvd_lbt.report.pictures import PICTURES
+from hvd_lbt.report.runs import Group, group_runs, read_run
+from hvd_lbt.terminal import printable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hvd_lbt report`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write [report]")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write OUT/report.html and OUT/*.png, and print the accuracies."""
+    path, groups = write_report(args.runs, args.out)
+    for group in groups:
+        accuracy = f"test accuracy {spread(group)}, {updates_done(group.runs)} updates"
+        print(printable(f"{group.label}: {accuracy}"))
+    for run in (run for group in groups for run in group.runs):
+        for note in run.notes:
+            print(printable(f"{run.folder}: {note}"))
+    print(printable(f"Wrote {path}"))
+    return 0
+
+
+def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[Group]]:
+    """Read the runs, draw them, write the page; the page's path and the groups in it.
+
+    Raises UserError for a run that can't be read and for an `out` that can't be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    seen: dict[tuple[int, int], Path] = {}
+    for folder in folders:
+        about = os.stat(folder)
+        if (twin := seen.setdefault((about.st_dev, about.st_ino), folder)) is not folder:
+            raise UserError(f"{folder} is the same run as {twin}: give each run once.")
+    groups = group_runs(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = {name: draw(groups) for name, (draw, _) in PICTURES.items()}
+        page = render(groups, pictures).encode()
+        for name, data in {**pictures, "report.html": page}.items():
+            _write(out / name, data)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: the report can't be written there ({error.strerror}). Give a folder "
+            "that can be made or written to."
+        ) from error
+    return out / "report.html", groups
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all, whatever was there before."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
