@@ -1,17 +1,27 @@
 """`hvd_lbt data check`: decodes every image as training would, and lists what is bad."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from hvd_lbt.data.formats import masked_crc, tfrecord_places
-from hvd_lbt.data.index import has_split
+from hvd_lbt.data.formats import (
+    SUMS_FILE,
+    Findings,
+    SplitError,
+    hides_record,
+    masked_crc,
+    tfrecord_places,
+)
+from hvd_lbt.data.index import Index, open_index
 from hvd_lbt.data.pipeline import evaluation_batches
-from hvd_lbt.data.store import Encoded, Store, open_test_split, open_train_split
+from hvd_lbt.data.source import has_split
+from hvd_lbt.data.store import TIMEOUT, Encoded, Store, open_test_split, open_train_split
 from hvd_lbt.errors import SampleError
 from hvd_lbt.recipe import DataRecipe
 
@@ -27,11 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print one line for each bad image; the exit code is 1 if there are any."""
-    train = open_train_split(args.data, args.classes)
-    stores = [train]
-    if has_split(args.data, "test"):
-        stores.append(open_test_split(args.data, train.classes, args.classes))
+    """Print what is bad and what is no sample; the exit code is 1 if there is anything to look at."""
+    stores, findings = _open(args.data, args.classes)
     data = DataRecipe(
         image_size=8,
         augment="none",
@@ -41,27 +48,85 @@ def main(args: argparse.Namespace) -> int:
         readers=args.readers,
         threads=args.threads,
     )
-    bad = [error for store in stores for error in check(store, data)]
-    for error in bad:
-        print(error)
-    print(f"{sum(map(len, stores)):,} images, {len(bad):,} bad")
-    return int(bool(bad))
+    for store in stores:
+        its = findings[store.index.root.name]
+        its.errors += [str(error) for error in check(store, data)]
+        its.errors += _compare_sums(store.index, its.errors)
+    for split, its in findings.items():
+        for line in its.errors:
+            print(line)
+        for line in its.lines():
+            print(f"{split}: {line}")
+    bad = sum(len(its.errors) for its in findings.values())
+    print(f"{sum(map(len, stores)):,} images, {bad:,} bad")
+    return int(any(its.questionable() for its in findings.values()))
+
+
+def _open(data: Path, classes: Path | None) -> tuple[list[Store], dict[str, Findings]]:
+    """The splits that can be decoded, and what was found in each, by the name of its folder."""
+    stores: list[Store] = []
+    findings: dict[str, Findings] = {}
+    for split in ("train", "test"):
+        if split == "test" and not has_split(data, "test"):
+            continue
+        try:
+            if split == "train":
+                store = open_train_split(data, classes)
+            elif stores:
+                store = open_test_split(data, stores[0].classes, classes)
+            else:  # nothing to compare its classes with
+                index = open_index(data, "test", TIMEOUT)
+                findings[index.root.name] = index.findings
+                continue
+        except SplitError as error:
+            findings[split] = error.findings
+        else:
+            stores.append(store)
+            findings[store.index.root.name] = store.index.findings
+    return stores, findings
+
+
+def _compare_sums(index: Index, named: list[str]) -> list[str]:
+    """Shards that differ from sha256sums.txt, which `hvd_lbt data convert` writes, or are not there.
+
+    named: errors so far; a shard with one of them is not named again.
+    """
+    file = index.root / SUMS_FILE
+    if index.extents is None or not file.is_file():
+        return []
+    wrong = []
+    lines = file.read_text("utf-8", "replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    shards = {index.files[number] for number in range(len(index.files))}
+    for name, digest in sums.items():
+        if name not in shards:
+            wrong.append(f"{index.root / name} is listed in {SUMS_FILE} and is not there.")
+            continue
+        if any(error.startswith(str(index.root / name)) for error in named):
+            continue
+        with (index.root / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                wrong.append(f"{index.root / name} is not as {SUMS_FILE} has it: it was changed.")
+    return wrong
 
 
 def check(store: Store, data: DataRecipe) -> list[SampleError]:
-    """Decode all of `store`; what cannot be is told, in the store's order.
+    """Decode all of `store`; returns an error for each bad sample, in the store's order.
 
-    So is a TFRecord whose checksum does not hold, though its image may still decode.
+    Bad is also a TFRecord whose checksum does not hold and a RecordIO record that has swallowed the
+    next, though their images may still decode.
     """
     if store.index.kind == "tfrecord":
         store = _Verified(store)
+    elif store.index.kind == "recordio":
+        store = _Whole(store)
     bad: list[SampleError] = []
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(f"decoding {store.index.root}", total=len(store))
+        task = bar.add_task(escape(f"decoding {store.index.root}"), total=len(store))
         starts = range(0, len(store), MICRO_BATCH)
         ranges = [(at, min(MICRO_BATCH, len(store) - at)) for at in starts]
         for batch in evaluation_batches(
@@ -98,5 +163,21 @@ class _Verified(Store):
         if masked_crc(data[:length]) != int.from_bytes(data[length:], "little"):
             raise SampleError(
                 f"{self.name(index)} is not as it was written: the record's checksum does not hold."
+            )
+        return super().image(index)
+
+
+class _Whole(Store):
+    """A store of RecordIO shards that looks into each record for the beginning of another."""
+
+    def __init__(self, store: Store):
+        vars(self).update(vars(store))
+
+    def image(self, index: int) -> Encoded:
+        """As Store's; a SampleError too if the record's length is damaged."""
+        extents = self.index.extents
+        if extents is not None and extents[index, 2] > 0 and hides_record(self.read(index)):
+            raise SampleError(
+                f"{self.name(index)} holds the beginning of another record: its length is damaged."
             )
         return super().image(index)

@@ -21,12 +21,20 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import Progress
 
-from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, join_recordio, recordio, tfrecord
-from hvd_lbt.data.index import has_split
+from hvd_lbt.data.formats import (
+    SCANS,
+    SUFFIXES,
+    SUMS_FILE,
+    Extents,
+    join_recordio,
+    recordio,
+    tfrecord,
+)
+from hvd_lbt.data.source import has_split
 from hvd_lbt.data.store import CLASSES_FILE, Store, open_test_split, open_train_split
 from hvd_lbt.errors import UserError
 
-SUMS_FILE, ABOUT_FILE = "sha256sums.txt", "convert.json"
+ABOUT_FILE = "convert.json"
 ENDINGS = {"webdataset": "tar", "tfrecord": "tfrecord", "recordio": "rec"}
 
 

@@ -6,7 +6,7 @@ data set converted from a folder therefore keeps the folder's order.
 
 An index is kept as DATA/.hvd_lbt/SPLIT.npz, or where DATA cannot be written in the cache folder. It
 holds names, sizes and times of what it was made from: of the shards, or of the class folders (whose
-time changes when a file comes, goes or is renamed; a file's content is read afresh every time).
+ctime moves when a file comes, goes or is renamed; a file's content is read afresh every time).
 """
 
 import errno
@@ -16,10 +16,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hvd_lbt.data.digits import cache_folder
-from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, shard_kind
+from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, Findings, SplitError
+from hvd_lbt.data.formats import findings as found
+from hvd_lbt.data.formats.folder import ClassFiles, scan_class
 from hvd_lbt.data.reading import Readers, bounded
+from hvd_lbt.data.source import Source, find_source
 from hvd_lbt.errors import ReadError, UserError
+from hvd_lbt.terminal import printable
 
-VERSION = 1
 SCANNERS = 16  # folders or shards read at the same time: their disks' latency is what is waited for
 # Data that changed so shortly before the index was made may have changed again within one tick of
 # its clock (1 s on some network storage): that index is not trusted a second time.
 TICK = 2.0
-SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
+PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
 class Names:
@@ -76,7 +79,8 @@ class Index:
     kind: folder, webdataset, tfrecord or recordio. root: what `files` are relative to. files: of a
     folder one a sample, else the shards. tokens: int32 (n,), each sample's label as an index into
     `token_names` (numbers: as shards have them; text: class names). extents: of shards, int64
-    (n, 3): shard, offset, length (see `formats.Extents`).
+    (n, 3): shard, offset, length (see `formats.Extents`). findings: what else lies in the split.
+    nested: of a folder, the folders below classes, which have no images.
     """
 
     kind: str
@@ -85,6 +89,8 @@ class Index:
     tokens: NDArray[np.int32]
     token_names: tuple[int | str, ...]
     extents: NDArray[np.int64] | None = None
+    findings: Findings = field(default_factory=Findings)
+    nested: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -106,105 +112,6 @@ class Index:
             digest.update(array.size.to_bytes(8, "little"))  # else parts could be shifted
             digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What a split consists of: class folders or shards by name, with their size and time."""
-
-    kind: str
-    root: Path
-    parts: tuple[str, ...]
-    stats: tuple[tuple[int, int], ...]  # bytes (0 for a folder), mtime in ns
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that tells that the data changed."""
-        about = [VERSION, self.kind, str(self.root.name), self.parts, self.stats]
-        return hashlib.sha256(json.dumps(about).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def has_split(data: Path, split: str) -> bool:
-    """Whether DATA has a folder for this split, or files that are called so."""
-    words = SPLITS[split]
-    folder = any((data / word).is_dir() for word in words)
-    return folder or any(_says(entry.name, words) for entry in _entries(data))
-
-
-def find_source(data: Path, split: str, asked: list[Path]) -> Source:
-    """Find what `split` (train or test) consists of, by content.
-
-    DATA/train (DATA/test, DATA/val) with CLASS/FILE or with shards, or shards in DATA itself whose names say
-    train (test, val). asked: see `bounded`. Raises UserError for nothing, for a mixture, and for what
-    cannot be read.
-    """
-    try:
-        return _find_source(data, split, asked)
-    except OSError as error:
-        raise UserError(f"--data {data} cannot be read ({error}).") from error
-
-
-def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
-    asked.append(data)
-    if not data.is_dir():
-        raise UserError(
-            f"--data {data}: there is no such folder. It must hold train/CLASS/FILE and "
-            "test/CLASS/FILE (or val/…), or shards; without --data the built-in digits are used."
-        )
-    words = SPLITS[split]
-    root = next((data / word for word in words if (data / word).is_dir()), None)
-    where = f"{data}/{{{','.join(words)}}}" if len(words) > 1 else f"{data}/{words[0]}"
-    if root is None:
-        root = data
-        files = [e for e in _entries(data) if e.is_file() and _says(e.name, words)]
-        folders = []
-    else:
-        where = str(root)
-        asked.append(root)
-        entries = _entries(root)
-        folders = [entry for entry in entries if entry.is_dir()]
-        files = [entry for entry in entries if not entry.is_dir() and entry.is_file()]
-    kinds: dict[str, list[os.DirEntry[str]]] = {}
-    for entry in files:
-        asked.append(Path(entry.path))
-        kind = shard_kind(asked[-1])
-        if kind:
-            kinds.setdefault(kind, []).append(entry)
-    if folders:
-        kinds["folder"] = folders
-    if len(kinds) > 1:
-        seen = ", ".join(f"{kind} ({found[0].name})" for kind, found in sorted(kinds.items()))
-        raise UserError(
-            f"{where} is ambiguous, it has {seen}. One split is either class folders or shards of "
-            "one format: give each format a folder of its own."
-        )
-    if not kinds:
-        raise UserError(
-            f"{where} has no images. A split is CLASS/FILE, or shards in WebDataset's (tar), "
-            f"TFRecord's or RecordIO's format; among {len(files)} files there is none of these."
-        )
-    ((kind, parts),) = kinds.items()
-    stats = []
-    for entry in parts:
-        asked.append(Path(entry.path))
-        stats.append(entry.stat())
-    return Source(
-        kind=kind,
-        root=root,
-        parts=tuple(entry.name for entry in parts),
-        stats=tuple((0 if kind == "folder" else s.st_size, s.st_mtime_ns) for s in stats),
-    )
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, sorted, without hidden things."""
-    found = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return sorted(found, key=lambda entry: os.fsencode(entry.name))
-
-
-def _says(name: str, words: tuple[str, ...]) -> bool:
-    """Whether one of the words stands in the name, between what is no letter: train-0001.tar."""
-    separated = "".join(letter if letter.isalpha() else " " for letter in name.lower())
-    return any(word in separated.split() for word in words)
 
 
 def open_index(data: Path, split: str, timeout: float) -> Index:
@@ -258,32 +165,78 @@ def _load(file: Path, source: Source, asked: float) -> tuple[Index | None, str]:
         return None, f"{file} is damaged ({error})"
     if about["fingerprint"] != source.fingerprint():
         return None, f"the data changed since {file} was made"
-    newest = max(time_ns for _, time_ns in source.stats) / 1e9
-    if about["begun"] < newest + TICK and about["begun"] < asked:
+    if about["begun"] < asked and about["begun"] < _newest(source, 1) + TICK:
         return None, f"the data changed while {file} was made"
-    return (
-        Index(
-            kind=source.kind,
-            root=source.root,
-            files=Names(arrays["blob"], arrays["ends"]),
-            tokens=arrays["tokens"],
-            token_names=tuple(about["token_names"]),
-            extents=arrays.get("extents"),
-        ),
-        "",
+    findings = Findings.of_json(about["findings"])
+    findings.merge(source.findings)
+    index = Index(
+        kind=source.kind,
+        root=source.root,
+        files=Names(arrays["blob"], arrays["ends"]),
+        tokens=arrays["tokens"],
+        token_names=tuple(about["token_names"]),
+        extents=arrays.get("extents"),
+        findings=findings,
+        nested=tuple(about["nested"]),
     )
+    if source.kind == "folder" and not _listed_as_before(source, index, about):
+        return None, f"the data changed since {file} was made"
+    return index, ""
+
+
+def _newest(source: Source, column: int) -> float:
+    """The newest mtime (1) or ctime (2) of the source's parts, in seconds."""
+    return max(stats[column] for stats in source.stats) / 1e9
+
+
+def _listed_as_before(source: Source, index: Index, about: dict[str, Any]) -> bool:
+    """Whether class folders still hold what the index says, where their times do not tell.
+
+    That is where the ctime is as young as TICK when the index was made, though the mtime is old
+    (it was set back by tar or rsync): these folders are listed again. And where there are folders
+    below class folders, whose times must be what they were.
+    """
+    if about["nested_times"] != _times_of(source, index.nested):
+        return False
+    starts = np.searchsorted(index.tokens, np.arange(len(source.parts) + 1))
+    for number, (part, (_, _, ctime)) in enumerate(zip(source.parts, source.stats, strict=True)):
+        if about["begun"] < ctime / 1e9 + TICK:
+            now = ClassFiles()
+            try:
+                scan_class(source.root / part, now)
+            except UserError:
+                return False
+            before = [index.files.raw(at) for at in range(starts[number], starts[number + 1])]
+            folder = os.fsencode(part)
+            if before != [b"/".join((folder, name)) for name in now.names]:
+                return False
+    return True
+
+
+def _times_of(source: Source, folders: Iterable[str]) -> list[list[int]]:
+    times = []
+    for folder in folders:
+        try:
+            about = os.stat(source.root / folder)
+        except FileNotFoundError:
+            return []
+        times.append([about.st_mtime_ns, about.st_ctime_ns])
+    return times
 
 
 def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[[], None]) -> Index:
     began, begun = time.perf_counter(), time.time()
     console = Console(stderr=True)
     if why:
-        console.print(f"Indexing {source.root} anew: {why}.", highlight=False, soft_wrap=True)
+        console.print(f"Indexing {source.root} anew: {why}.", **PLAIN)
     index = _index_of(source, _scan_all(source, timeout, beat, console))
     about = {
         "fingerprint": source.fingerprint(),
         "begun": begun,
         "token_names": index.token_names,
+        "findings": index.findings.as_json(),
+        "nested": index.nested,
+        "nested_times": _times_of(source, index.nested),
     }
     arrays: dict[str, NDArray[Any]] = {
         "about": np.frombuffer(json.dumps(about).encode("utf-8", "surrogateescape"), np.uint8),
@@ -303,34 +256,27 @@ def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[
     console.print(
         f"Indexed {source.root}: {len(index):,} images, {len(index.token_names):,} classes, "
         f"{source.kind}, in {time.perf_counter() - began:.1f} s; kept in {file}",
-        highlight=False,
-        soft_wrap=True,
+        **PLAIN,
     )
+    index.findings.merge(source.findings)
+    for line in index.findings.lines():
+        console.print(f"{source.root.name}: {line}", **PLAIN)
     return index
-
-
-def _scan_class(folder: Path, names: list[bytes]) -> None:
-    """File names that look like images, sorted. A link that leads nowhere is one: reading it tells."""
-    with os.scandir(folder) as entries:
-        names += sorted(
-            os.fsencode(entry.name)
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.is_dir()
-        )
 
 
 def _scan_all(
     source: Source, timeout: float, beat: Callable[[], None], console: Console
 ) -> list[Any]:
     """What each part of the source holds: file names of a class, Extents of a shard."""
-    scan: Callable[[Path, Any], None] = SCANS.get(source.kind, _scan_class)
-    found: list[Any] = [[] if source.kind == "folder" else Extents() for _ in source.parts]
+    scan: Callable[[Path, Any], None] = SCANS.get(source.kind, scan_class)
+    made: list[Any] = [ClassFiles() if source.kind == "folder" else Extents() for _ in source.parts]
     readers = Readers(min(SCANNERS, len(source.parts)))
     scans = {
         readers.submit(scan, source.root / part, into): part
-        for part, into in zip(source.parts, found, strict=True)
+        for part, into in zip(source.parts, made, strict=True)
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    wrong: dict[str, str] = {}
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -339,8 +285,13 @@ def _scan_all(
         while pending:
             done, pending = wait(pending, timeout=0.5)
             for ended in done:
-                ended.result()
-            so_far = sum(map(len, found)) + len(scans) - len(pending)
+                try:
+                    ended.result()
+                except ReadError:
+                    raise
+                except UserError as error:  # the others are looked at too, to name all at once
+                    wrong[scans[ended]] = str(error)
+            so_far = sum(map(len, made)) + len(scans) - len(pending)
             if so_far != before:
                 before, moved = so_far, time.monotonic()
                 beat()
@@ -352,37 +303,70 @@ def _scan_all(
                 )
             bar.update(task, completed=len(scans) - len(pending))
     readers.close()
-    return found
+    if wrong:
+        findings = Findings(errors=[wrong[part] for part in source.parts if part in wrong])
+        for part, its in zip(source.parts, made, strict=True):
+            findings.merge(its.findings, f"{part}/")
+        findings.merge(source.findings)
+        raise SplitError(findings, str(source.root.parent))
+    return made
 
 
-def _index_of(source: Source, found: list[Any]) -> Index:
-    if not any(map(len, found)):
-        what = "class folders" if source.kind == "folder" else "shards"
+def _index_of(source: Source, made: list[Any]) -> Index:
+    findings, shards = Findings(), source.kind != "folder"
+    if not any(map(len, made)):
+        what = "shards" if shards else "class folders"
         raise UserError(
-            f"{source.root} has no images: {len(found)} {what} and no file that ends in "
+            f"{source.root} has no images: {len(made)} {what} and no file that ends in "
             f"{', '.join(sorted(SUFFIXES))}."
         )
-    counts = [len(part) for part in found]
-    if source.kind == "folder":
-        parts = zip(map(os.fsencode, source.parts), found, strict=True)
-        return Index(
-            kind=source.kind,
-            root=source.root,
-            files=Names.of(
-                [b"/".join((folder, name)) for folder, names in parts for name in names]
-            ),
-            tokens=np.repeat(np.arange(len(found), dtype=np.int32), counts),
-            token_names=source.parts,
-        )
+    for part, its in zip(source.parts, made, strict=True):
+        findings.merge(its.findings, f"{part}{':' if shards else '/'}")
+        if not len(its):
+            if shards:
+                findings.errors.append(
+                    f"{printable(str(source.root / part))} is a shard without images: it is "
+                    "damaged, or not meant to be here. Remove it."
+                )
+            findings.add(found.EMPTY_CLASS, part)
+    index = (_of_shards if shards else _of_folders)(source, made, findings)
+    used = np.unique(index.tokens)
+    if len(used) == 1:
+        findings.add(found.ONE_CLASS, str(index.token_names[used[0]]))
+    if findings.errors:
+        findings.merge(source.findings)
+        raise SplitError(findings, str(source.root.parent))
+    return index
+
+
+def _of_folders(source: Source, made: list[ClassFiles], findings: Findings) -> Index:
+    parts = zip(map(os.fsencode, source.parts), made, strict=True)
+    return Index(
+        kind=source.kind,
+        root=source.root,
+        files=Names.of([b"/".join((part, name)) for part, its in parts for name in its.names]),
+        tokens=np.repeat(np.arange(len(made), dtype=np.int32), [len(its) for its in made]),
+        token_names=source.parts,
+        findings=findings,
+        nested=tuple(
+            f"{part}/{folder}"
+            for part, its in zip(source.parts, made, strict=True)
+            for folder in its.nested
+        ),
+    )
+
+
+def _of_shards(source: Source, made: list[Extents], findings: Findings) -> Index:
     place: dict[int | str, int] = {}
     tokens = []
-    for part in found:
+    for part in made:
         table = np.array([place.setdefault(name, len(place)) for name in part.names], np.int32)
         tokens.append(table[np.frombuffer(part.tokens, dtype=np.int32)] if len(part) else table)
+    _compare_labels(source, made, findings)
     columns = (
-        np.repeat(np.arange(len(found)), counts),
-        np.concatenate([np.frombuffer(part.offsets, dtype=np.int64) for part in found]),
-        np.concatenate([np.frombuffer(part.lengths, dtype=np.int64) for part in found]),
+        np.repeat(np.arange(len(made)), [len(part) for part in made]),
+        np.concatenate([np.frombuffer(part.offsets, dtype=np.int64) for part in made]),
+        np.concatenate([np.frombuffer(part.lengths, dtype=np.int64) for part in made]),
     )
     return Index(
         kind=source.kind,
@@ -391,7 +375,36 @@ def _index_of(source: Source, found: list[Any]) -> Index:
         tokens=np.concatenate(tokens),
         token_names=tuple(place),
         extents=np.stack(columns, axis=1),
+        findings=findings,
     )
+
+
+def _compare_labels(source: Source, made: list[Extents], findings: Findings) -> None:
+    """All shards must label in one way, and a name must always stand for the same number."""
+    seen: dict[tuple[str, type], str] = {}
+    aliases: dict[int | str, tuple[int | str | None, ...]] = {}
+    owners: dict[tuple[int, int | str], int | str] = {}
+    for name, part in zip(source.parts, made, strict=True):
+        for label in part.names:
+            example = f"{label!r} in {name}, from {part.labels_from}"
+            seen.setdefault((part.labels_from, type(label)), example)
+        for label, others in part.aliases.items():
+            first = aliases.setdefault(label, others)
+            clash = first != others
+            for place, other in enumerate(others):
+                if other is not None:
+                    clash |= owners.setdefault((place, other), label) != label
+            if clash:
+                findings.errors.append(
+                    f"{printable(str(source.root / name))} has the labels {others} for one image "
+                    f"(a name and a number), which other images have with other partners: {first}."
+                )
+    if len(seen) > 1:
+        findings.errors.append(
+            f"{printable(str(source.root))} has labels of different kinds "
+            f"({printable('; '.join(seen.values()))}): whether two of them are one class is not "
+            "certain. Give all images numbers, or all names."
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 from data_sets import encoded, write_folder, write_shards
 
 from hvd_lbt.data import index as index_module
+from hvd_lbt.data import source as source_module
 from hvd_lbt.data.index import Names, open_index
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import ReadError, UserError
@@ -183,7 +184,7 @@ def test_a_listing_that_gives_no_answer_is_named_in_time(stalled, old, monkeypat
 
 
 def test_a_slow_listing_that_moves_on_is_waited_for(old, monkeypatch):
-    kind = index_module.shard_kind
+    kind = source_module.shard_kind
     shutil.rmtree(old / "train")
     images = [(encoded("PNG", number), number % 2) for number in range(6)]
     write_shards("webdataset", old / "train", images, 6)
@@ -192,28 +193,28 @@ def test_a_slow_listing_that_moves_on_is_waited_for(old, monkeypatch):
         time.sleep(0.4)
         return kind(file)
 
-    monkeypatch.setattr(index_module, "shard_kind", slow)
+    monkeypatch.setattr(source_module, "shard_kind", slow)
     assert len(open_index(old, "train", timeout=1)) == 6
 
 
 def test_a_folder_that_gives_no_answer_is_named_in_time(old, monkeypatch):
-    scan = index_module._scan_class
+    scan = index_module.scan_class
 
-    def stalls(folder: Path, names: list[bytes]) -> None:
+    def stalls(folder: Path, into) -> None:
         if folder.name == "class 2":
             time.sleep(5)
-        scan(folder, names)
+        scan(folder, into)
 
-    monkeypatch.setattr(index_module, "_scan_class", stalls)
+    monkeypatch.setattr(index_module, "scan_class", stalls)
     match = r"train/class 2: the storage gave nothing for 0.6 s \(data.timeout\)"
     with pytest.raises(ReadError, match=match):
         open_index(old, "train", timeout=0.6)
 
 
 def test_what_cannot_be_listed_is_an_error(old, monkeypatch):
-    def forbidden(folder: Path, names: list[bytes]) -> None:
+    def forbidden(folder: Path, into) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(index_module, "_scan_class", forbidden)
+    monkeypatch.setattr(index_module, "scan_class", forbidden)
     with pytest.raises(UserError, match=r"Permission denied: '.*train/class"):
         open_index(old, "train", timeout=5)
