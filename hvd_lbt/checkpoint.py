@@ -23,6 +23,7 @@ from torch import Tensor
 from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe
 from hvd_lbt.run_lock import RunLock
+from hvd_lbt.state import on_cpu
 from hvd_lbt.world import World
 
 VERSION = 1
@@ -162,17 +163,6 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     if files:
         raise UserError(f"All {len(files)} checkpoints in {folder} are damaged.")
     return None
-
-
-def on_cpu(state: Any) -> Any:
-    """A copy of plain state in which every tensor is a copy of its own on the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().clone() if state.device.type == "cpu" else state.detach().cpu()
-    if isinstance(state, Mapping):
-        return {key: on_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(on_cpu(value) for value in state)
-    return state
 
 
 def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ EXIT_STALLED = 74  # EX_IOERR of sysexits.h: another rank does not answer
 _names: dict[int, str] = {}  # of the handles that are out
 _waiting: tuple[str, float] | None = None  # for what, since when
 _watched = False
+_world: World | None = None  # that init() joined
 _opened: list[tuple[int, str, str]] = []  # this world's connections: file descriptor and ends
 
 
@@ -85,6 +86,7 @@ def init(device: int | None = None) -> World:
     device: the number of the GPU if it is not the local rank; a worker that has outlived a smaller
     local rank keeps its own.
     """
+    global _world
     _start_watchdog()
     before = set(os.listdir("/proc/self/fd"))
     with _WaitingFor("the start of all ranks"):
@@ -92,12 +94,7 @@ def init(device: int | None = None) -> World:
             _start_mpi()
         hvd.init()
     _opened[:] = _connected(int(name) for name in os.listdir("/proc/self/fd") if name not in before)
-    world = World(
-        rank=hvd.rank(),
-        size=hvd.size(),
-        local_rank=hvd.local_rank() if device is None else device,
-        local_size=hvd.local_size(),
-    )
+    world = _here(device)
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -105,7 +102,24 @@ def init(device: int | None = None) -> World:
                 f"{torch.cuda.device_count()}. Start at most one rank a GPU."
             )
         torch.cuda.set_device(world.local_rank)
+    _world = world
     return world
+
+
+def world() -> World:
+    """The world this process is in. Raises UserError before `init()`."""
+    if not hvd.is_initialized():
+        raise UserError("this process is in no world yet. Call hvd_lbt.init() once, at the start.")
+    return _world or _here(None)  # the latter where the program has called horovod's own init()
+
+
+def _here(device: int | None) -> World:
+    return World(
+        rank=hvd.rank(),
+        size=hvd.size(),
+        local_rank=hvd.local_rank() if device is None else device,
+        local_size=hvd.local_size(),
+    )
 
 
 def _start_mpi() -> None:

@@ -8,7 +8,9 @@ from hvd_lbt.schedule.plan import Update
 from hvd_lbt.schedule.settings import Schedule
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) -> FusedSGD:
+def make_optimizer(
+    model: nn.Module, settings: OptimizerRecipe, lr: float, momentum: float
+) -> FusedSGD:
     """SGD with weight decay on matrices and convolutions; on norms and biases only if asked."""
     parameters = list(model.parameters())
     decayed = [p for p in parameters if p.ndim > 1 or settings.decay_norm_and_bias]
@@ -19,8 +21,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerRecipe, update: Update) 
     ]
     return FusedSGD(
         [group for group in groups if group["params"]],
-        lr=update.lr,
-        momentum=update.momentum,
+        lr=lr,
+        momentum=momentum,
         nesterov=settings.nesterov,
     )
 

@@ -59,7 +59,7 @@ class _Bucket:
 class GradientReducer:
     """Sums the gradients of an update over micro-batches and ranks, and hands them to the optimizer.
 
-        reducer = GradientReducer(model, optimizer, world=world, allreduce_async=…, synchronize=…)
+        reducer = GradientReducer(model, optimizer)  # after hvd_lbt.init()
         reducer.backward(loss, last=False)  # any number of micro-batches: nothing is sent
         reducer.backward(loss, last=True)  # the sums start while this runs
         optimizer.step()
@@ -68,7 +68,8 @@ class GradientReducer:
     or any torch optimizer, which finds the sum in `.grad` during its step. Reduced is what the
     optimizer has and requires a gradient now; what a backward does not reach counts as a gradient of
     zero (weight decay and momentum go on). allreduce_async(tensor, name) → handle begins the
-    in-place *sum* over the ranks; synchronize(handle) waits for it. wire: fp16, fp32, or bf16 where
+    in-place *sum* over the ranks; synchronize(handle) waits for it. They and world are those of
+    Horovod, after `hvd_lbt.init()`, unless given. wire: fp16, fp32, or bf16 where
     the allreduce can sum it (Horovod 0.28.1 cannot).
     bucket_mb: size of a bucket on the wire in 2^20 bytes. max_bad_updates: raise BadUpdatesError at
     that many updates in a row with infinite or NaN gradients. overlap: False sends after the last
@@ -85,9 +86,9 @@ class GradientReducer:
         model: nn.Module | Iterable[tuple[str, Tensor]],
         optimizer: torch.optim.Optimizer,
         *,
-        world: World,
-        allreduce_async: Callable[[Tensor, str], Any],
-        synchronize: Callable[[Any], Any],
+        world: World | None = None,
+        allreduce_async: Callable[[Tensor, str], Any] | None = None,
+        synchronize: Callable[[Any], Any] | None = None,
         wire: str = "fp16",
         bucket_mb: float = 25.0,
         max_bad_updates: int = 10,
@@ -100,9 +101,17 @@ class GradientReducer:
             raise UserError(f"bucket_mb: {bucket_mb} is no size; it must be above 0.")
         if max_bad_updates < 1:
             raise UserError(f"max_bad_updates: {max_bad_updates} must be at least 1.")
+        if (allreduce_async is None) != (synchronize is None):
+            raise UserError("allreduce_async and synchronize belong together: give both or none.")
+        if world is None or allreduce_async is None or synchronize is None:
+            from hvd_lbt import comm  # not needed, nor Horovod, where all three are given
+
+            world = world or comm.world()
+            allreduce_async = allreduce_async or comm.allreduce_async_
+            synchronize = synchronize or comm.synchronize
         self.world, self.wire, self.name, self.overlap = world, wire, name, overlap
         self.max_bad_updates = max_bad_updates
-        self._allreduce_async, self._synchronize = allreduce_async, synchronize
+        self.allreduce_async, self.synchronize = allreduce_async, synchronize
         self._optimizer = optimizer
         self._optimizer_size = _size(optimizer)
 
@@ -165,7 +174,7 @@ class GradientReducer:
                 if bucket.handle is None:
                     self._send(bucket)
             self._flags.copy_(self._overflow == self._codes)
-            self._flags_handle = self._allreduce_async(self._flags, f"{self.name}.flags")
+            self._flags_handle = self.allreduce_async(self._flags, f"{self.name}.flags")
             self._sent = True
 
     @torch.no_grad()
@@ -264,7 +273,7 @@ class GradientReducer:
                 wires.append(slot.wire)
                 gradients.append(slot.gradient)
         ops.pack_wire_(wires, gradients, self._scale, self._overflow, summands=self.world.size)
-        bucket.handle = self._allreduce_async(bucket.wire, bucket.name)
+        bucket.handle = self.allreduce_async(bucket.wire, bucket.name)
 
     # -- step: the world's sum --------------------------------------------------------------------
 
@@ -285,9 +294,9 @@ class GradientReducer:
                 "reducer after the last add_param_group()."
             )
         for bucket in self._buckets:
-            self._synchronize(bucket.handle)
+            self.synchronize(bucket.handle)
             bucket.handle = None
-        self._synchronize(self._flags_handle)
+        self.synchronize(self._flags_handle)
         overflowed, bad = self._flags.tolist()
         self._overflow.zero_()
         self._sent = False
@@ -320,11 +329,11 @@ class GradientReducer:
         largest_by_rank[self.world.rank] = own
         self._sum(largest_by_rank, f"{self.name}.largest")
         handles = [
-            self._allreduce_async(flat, f"{bucket.name}.again")
+            self.allreduce_async(flat, f"{bucket.name}.again")
             for bucket, flat in zip(self._buckets, flats, strict=True)
         ]
         for handle in handles:
-            self._synchronize(handle)
+            self.synchronize(handle)
         if not all(bool(flat.isfinite().all()) for flat in flats):
             return self._skip()  # finite in every rank, not in sum: 2^128 is reached
         self._bad_in_a_row = 0
@@ -395,7 +404,7 @@ class GradientReducer:
         return torch.full((), value, device=self._device)
 
     def _sum(self, tensor: Tensor, name: str) -> None:
-        self._synchronize(self._allreduce_async(tensor, name))
+        self.synchronize(self.allreduce_async(tensor, name))
 
 
 def _size(optimizer: torch.optim.Optimizer) -> int:

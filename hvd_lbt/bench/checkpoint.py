@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
-from hvd_lbt.checkpoint import Checkpoints, load_newest, on_cpu, weights_checksum
+from hvd_lbt.checkpoint import Checkpoints, load_newest, weights_checksum
 from hvd_lbt.models.resnet import ResNet
 from hvd_lbt.recipe import RunRecipe
+from hvd_lbt.state import on_cpu
 from hvd_lbt.world import World
 
 

@@ -1,10 +1,11 @@
 """`hvd_lbt bench train`: images a second of the training step against a bare PyTorch loop.
 
 Synthetic images that lie in memory, the same network twice: once with the reducer, the wire, ghost
-batch norm's statistics and FusedSGD, as `hvd_lbt train` runs it; once with loss.backward() and
-torch.optim.SGD(fused=True). A third update measures the gradient's noise: `gradient_noise_costs` is what that
-adds to training, as a share, when done every `run.noise_every` updates. The batch grows on the way. Precision, channels_last
-and compile are the recipe's; compiled, both are.
+batch norm's statistics and FusedSGD, by the `Training` of `hvd_lbt train`; once with
+loss.backward() and torch.optim.SGD(fused=True). A third update measures the gradient's noise:
+`gradient_noise_costs` is what that adds to training, as a share, when done every `run.noise_every`
+updates. The batch grows on the way. Precision, channels_last and compile are the recipe's;
+compiled, both are.
 """
 
 import argparse
@@ -18,12 +19,49 @@ from torch.nn import functional as F
 from hvd_lbt import comm
 from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
 from hvd_lbt.evaluate import local_device
-from hvd_lbt.measure.gradient_noise import GradientNoise
-from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
-from hvd_lbt.optim import FusedSGD
-from hvd_lbt.recipe import load_recipe
-from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.hyperparameters import make_optimizer
+from hvd_lbt.models import build_model, compiled
+from hvd_lbt.recipe import Recipe, load_recipe
+from hvd_lbt.sampler import by_update
 from hvd_lbt.schedule.layout import make_layout
+from hvd_lbt.schedule.plan import Update, layout_of
+from hvd_lbt.training import make_training
+from hvd_lbt.world import World
+
+LR = 0.01
+
+
+class BareLoop:
+    """What the training is compared with: the same weights and images, in plain PyTorch."""
+
+    def __init__(self, recipe: Recipe, world: World, device: torch.device, graphs: int):
+        torch.manual_seed(recipe.run.seed)
+        model = build_model(recipe.model, 10, recipe.layout.ghost_batch).to(device)
+        memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+        self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.recipe, self.world, self.device = recipe, world, device
+        schedule = recipe.schedule
+        like = make_optimizer(self.model, recipe.optimizer, LR, schedule.momentum)
+        keys = ("params", "weight_decay", "lr", "momentum", "nesterov")
+        groups = [{key: group[key] for key in keys} for group in like.param_groups]
+        self.optimizer = torch.optim.SGD(groups, fused=True)
+        self.forward = compiled(self._forward, graphs) if recipe.run.compile else self._forward
+
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        bf16 = self.recipe.run.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.model(images)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits.detach()
+
+    def update(self, global_batch: int, images: Tensor, labels: Tensor) -> None:
+        """One update of this rank's share alone."""
+        mine = global_batch // self.world.size
+        cuts = self.recipe.layout.model_dump()
+        for part in make_layout(mine, rank=0, size=1, **cuts).micro_batches:
+            loss, _ = self.forward(images[: len(part)], labels[: len(part)])
+            (loss / mine).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,92 +90,65 @@ def main(args: argparse.Namespace) -> int:
         "compile": recipe.run.compile,
     }
     lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
-    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = build_model(recipe.model, 10, recipe.layout.ghost_batch).to(device)
-        models.append(model.to(memory_format=memory_format))  # type: ignore[call-overload]
-    ours, theirs = models
-    statistics = RunningStatistics(ours)
-    momentum, decay = recipe.schedule.momentum, recipe.optimizer.weight_decay
-    optimizer = FusedSGD(ours.parameters(), 0.01, momentum, weight_decay=decay)
-    peer = torch.optim.SGD(theirs.parameters(), 0.01, momentum, weight_decay=decay, fused=True)
-    reducer = GradientReducer(
-        ours,
-        optimizer,
-        world=world,
-        allreduce_async=comm.allreduce_async_,
-        synchronize=comm.synchronize,
-        wire=recipe.wire.form,
-    )
-    side = recipe.data.image_size
-
-    noise = GradientNoise(ours, 1)
-
-    def bare_forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-            logits = theirs(images)
-        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits.detach()
-
-    forwards = [make_forward(ours, recipe.run), bare_forward]
-    if recipe.run.compile:
-        forwards = [compiled(one, graphs=2 * len(args.batches)) for one in forwards]
-    our_forward, their_forward = forwards
+    # An update of even index measures the gradient's noise, one of odd index does not.
+    every = recipe.run.noise_every
+    measuring = recipe.model_copy(update={"run": recipe.run.model_copy(update={"noise_every": 2})})
+    graphs = 2 * len(args.batches)
+    training = make_training(measuring, 10, world=world, device=device, graphs=graphs)
+    bare = BareLoop(recipe, world, device, graphs)
 
     def step(global_batch: int, measure: bool = False) -> None:
-        if measure:
-            noise.begin(0, global_batch)
-        layout = make_layout(
-            global_batch, rank=world.rank, size=world.size, **recipe.layout.model_dump()
+        update = Update(
+            index=0 if measure else 1,
+            stage=0,
+            epoch=0.0,
+            samples_seen=0,
+            global_batch=global_batch,
+            lr=LR,
+            momentum=recipe.schedule.momentum,
+            noise_scale=0.0,
+            settled=1.0,
+            ghost_batch=None,
         )
-        for index, part in enumerate(layout.micro_batches):
-            loss, _ = our_forward(images[: len(part)], labels[: len(part)])
-            reducer.backward(loss / global_batch, last=index == len(layout.micro_batches) - 1)
-            noise.add_part(len(part))
-        handles = [comm.allreduce_async_(statistics.collected, "statistics")]
-        handles += noise.send(comm.allreduce_async_)
-        optimizer.step()
-        for handle in handles:
-            comm.synchronize(handle)
-        noise.end(reducer.squared_norm)
-        statistics.fold(global_batch)
-
-    def bare(global_batch: int) -> None:
-        mine = global_batch // world.size
-        for first in range(0, mine, recipe.layout.micro_batch):
-            count = min(recipe.layout.micro_batch, mine - first)
-            loss, _ = their_forward(images[:count], labels[:count])
-            (loss / mine).backward()
-        peer.step()
-        peer.zero_grad()
+        cuts = recipe.layout.model_dump()
+        parts = layout_of(update, world, **cuts).micro_batches
+        source = ((images[: len(part)], labels[: len(part)]) for part in parts)
+        for _, batches in by_update([update], source, world, **cuts):
+            training.update(update, batches)
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         comm.barrier()
 
-    shape = (recipe.layout.micro_batch, 3, side, side)
+    side = recipe.data.image_size
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    # one more: a single sample that is left joins the last micro-batch
+    shape = (recipe.layout.micro_batch + 1, 3, side, side)
     images = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 10, shape[:1], device=device)
     step(args.batches[0])
-    bare(args.batches[0])
+    bare.update(args.batches[0], images, labels)
     if world.size == 1:  # on several ranks the bare loops do not know of each other
         tolerance = 1e-5 if recipe.run.precision == "fp32" and device.type == "cpu" else 1e-2
-        check_equal("weights", ours.parameters(), theirs.parameters(), tolerance=tolerance)
+        check_equal(
+            "weights",
+            training.model.parameters(),
+            bare.model.parameters(),
+            tolerance=tolerance,
+        )
     for batch in args.batches:
         times = time_interleaved(
             {
                 "ours": partial(step, batch),
                 "measured": partial(step, batch, measure=True),
-                "bare": partial(bare, batch),
+                "bare": partial(bare.update, batch, images, labels),
             },
             repetitions=args.repetitions,
             warmups=1,
             synchronize=wait,
         )
         measured = speedup(times["ours"], times["measured"])
-        every = recipe.run.noise_every
         lines.result(
             case=f"global batch {batch}",
             images_per_second=batch / times["ours"].median,

@@ -51,5 +51,22 @@ def stream_ranges(first_sample: int, count: int, n: int) -> list[tuple[int, int,
     return ranges
 
 
+class SampleStream:
+    """The samples' indices, epoch after epoch, each in its own order; the newest order is kept."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, first: int, count: int) -> NDArray[np.int64]:
+        """The indices of the stream's samples [first, first + count): int64 (count,)."""
+        pieces = []
+        for epoch, position, length in stream_ranges(first, count, self.n):
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.n)
+            pieces.append(self._order[position : position + length])
+        return np.concatenate(pieces)
+
+
 def _philox(seed: int, epoch: int, purpose: int, counter: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, 2 * epoch + purpose], np.uint64), counter=counter)

@@ -1,21 +1,20 @@
 """The stream of training samples, what a batch is, and who makes it: DALI, or the device's memory."""
 
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from hvd_lbt.data.cuts import DRAWS
-from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
+from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
 from hvd_lbt.data.store import Store
 from hvd_lbt.recipe import DataRecipe
 
 LEFT_OUT = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,), LEFT_OUT where a sample was bad."""
 
     images: Tensor
@@ -27,16 +26,7 @@ class TrainSamples:
 
     def __init__(self, store: Store, seed: int):
         self.store, self.seed = store, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def indices(self, first: int, count: int) -> np.ndarray:
-        """The store's indices of the stream's samples [first, first + count): int64 (count,)."""
-        pieces = []
-        for epoch, position, length in stream_ranges(first, count, len(self.store)):
-            if epoch != self._epoch:
-                self._epoch, self._order = (epoch, epoch_order(self.seed, epoch, len(self.store)))
-            pieces.append(self._order[position : position + length])
-        return np.concatenate(pieces)
+        self.indices = SampleStream(len(store), seed).indices
 
     def uniforms(self, first: int, count: int) -> np.ndarray:
         """Their random numbers: fp64 (count, DRAWS) in [0, 1)."""

@@ -16,16 +16,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hvd_lbt import comm
-from hvd_lbt.checkpoint import Checkpoints, on_cpu
+from hvd_lbt.checkpoint import Checkpoints
 from hvd_lbt.elastic.cli import ADDRESS, KEY, NAME
 from hvd_lbt.elastic.discovery import OLD_TARGET, TARGET
 from hvd_lbt.elastic.rendezvous import Link, Relay
 from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.plan import Stage, target_workers
+from hvd_lbt.state import copied, on_cpu
 from hvd_lbt.stop import EXIT_STOPPED, SIGNALS, StopRequest
 from hvd_lbt.world import World
 
@@ -297,21 +297,3 @@ def run(recipe: Recipe, out: Path, train: Callable[..., int], resume: bool) -> i
         except WorldChanges:
             pass
         membership.leave()
-
-
-def copied(value: Any, into: Any) -> Any:
-    """A copy of nested dicts, lists and tensors, in the memory of `into` where that fits."""
-    if isinstance(value, Tensor):
-        fits = isinstance(into, Tensor) and (into.shape, into.dtype, into.device) == (
-            value.shape,
-            value.dtype,
-            value.device,
-        )
-        return into.copy_(value) if fits else value.detach().clone()
-    if isinstance(value, dict):
-        old = into if isinstance(into, dict) else {}
-        return {key: copied(part, old.get(key)) for key, part in value.items()}
-    if isinstance(value, list):
-        before = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
-        return [copied(part, old) for part, old in zip(value, before, strict=True)]
-    return value

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.recipe import RunRecipe
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def make_forward(model: nn.Module, run: RunRecipe) -> Forward:
+def make_forward(model: nn.Module, *, bf16: bool = False, channels_last: bool = False) -> Forward:
     """images, labels → sum of their losses, and (3,): it, correct answers, samples counted."""
     device = next(model.parameters()).device
-    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(images.contiguous(memory_format=memory_format))
         losses = F.cross_entropy(logits.float(), labels, reduction="sum")
         right = (logits.argmax(1) == labels).sum()

@@ -102,6 +102,11 @@ class RunningStatistics:
         for norm, view in zip(self.norms, views, strict=True):
             norm.collected = view.view(2, -1)
 
+    @property
+    def ghost_batch(self) -> int | None:
+        """Samples that share statistics, of the first norm; None for a model without ghost norms."""
+        return self.norms[0].ghost_batch if self.norms else None
+
     def use_ghost_batch(self, ghost_batch: int) -> None:
         """From now on so many samples share statistics."""
         for norm in self.norms:

@@ -47,7 +47,7 @@ def test_a_compiled_run_has_the_eager_runs_weights_names_and_noise(ranks, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_another_graph_than_was_planned_is_an_error():
-    forward = compiled(make_forward(nn.Linear(2, 2), RunRecipe()), graphs=1)
+    forward = compiled(make_forward(nn.Linear(2, 2)), graphs=1)
     images, labels = torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(FailOnRecompileLimitHit):
         for count in (3, 2):
@@ -57,4 +57,4 @@ def test_another_graph_than_was_planned_is_an_error():
 def test_without_a_compiler_it_is_said_what_is_missing(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"run.compile: .* a C\+\+ compiler \(no-such-compiler"):
-        compiled(make_forward(nn.Linear(2, 2), RunRecipe()), graphs=1)
+        compiled(make_forward(nn.Linear(2, 2)), graphs=1)

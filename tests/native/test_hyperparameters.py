@@ -15,7 +15,7 @@ def lengths(*overrides: str, nesterov: bool = False, updates: int = 8) -> list[f
     plan = make_plan(schedule, 1437)
     model = nn.Linear(1, 1, bias=False)
     settings = OptimizerRecipe(weight_decay=0.0, nesterov=nesterov)
-    optimizer = make_optimizer(model, settings, plan.at(0))
+    optimizer = make_optimizer(model, settings, schedule.lr, schedule.momentum)
     moved = []
     for update in map(plan.at, range(updates)):
         set_hyperparameters(optimizer, update, schedule)

@@ -18,9 +18,10 @@ LAYERS = [
     {"errors", "world", "data.order", "data.cuts", "ops", "stop", "run_lock"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
-    {"recipe", "optim", "models"},
-    {"reducer", "hyperparameters", "data", "checkpoint", "comm", "measure", "stage_table"},
-    {"metrics"},
+    {"recipe", "optim", "models", "comm", "state"},
+    {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table"},
+    {"metrics", "sampler"},
+    {"training"},
     {"elastic"},
     {"evaluate", "elastic.worker"},
     {"train", "report", "show_plan", "show_recipes", "doctor", "bench"},
@@ -29,7 +30,17 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-USERS_OF_COMM = {"train", "evaluate", "elastic.worker", "doctor", "bench", "studies", "cli"}
+USERS_OF_COMM = {
+    "reducer",
+    "sampler",
+    "train",
+    "evaluate",
+    "elastic.worker",
+    "doctor",
+    "bench",
+    "studies",
+    "cli",
+}
 PURE = {  # the standard library, and what is named
     "errors": set(),
     "world": set(),

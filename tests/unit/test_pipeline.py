@@ -15,7 +15,7 @@ from data_sets import encoded, write_folder, write_shards
 from PIL import Image
 
 from hvd_lbt.bench.input import reference_evaluation, write_photographs
-from hvd_lbt.data import pipeline, samples
+from hvd_lbt.data import order, pipeline
 from hvd_lbt.data import store as store_module
 from hvd_lbt.data.pipeline import LEFT_OUT, evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_splits, open_train_split
@@ -284,8 +284,8 @@ def test_the_place_of_a_bad_sample_has_an_image_of_its_ghost_batch_and_no_gradie
         (tmp_path / f"train/x/{number:02}.png").write_bytes(b"")
     store = open_train_split(tmp_path)
     its = recipe("data.on_bad_sample=skip", "data.augment=none", "data.flip=false", "run.seed=5")
-    monkey = samples.epoch_order
-    samples.epoch_order = lambda seed, epoch, n: np.arange(n)  # type: ignore[assignment]
+    monkey = order.epoch_order
+    order.epoch_order = lambda seed, epoch, n: np.arange(n)  # type: ignore[assignment]
     try:
         (batch,) = train_batches(
             store,
@@ -297,7 +297,7 @@ def test_the_place_of_a_bad_sample_has_an_image_of_its_ghost_batch_and_no_gradie
             left_out=lambda error: None,
         )
     finally:
-        samples.epoch_order = monkey
+        order.epoch_order = monkey
     left_out = (batch.labels == LEFT_OUT).nonzero().flatten().tolist()
     assert left_out == [1, 3, 8, 9, 10, 11]
     for place, donor in ((1, 2), (3, 0)):

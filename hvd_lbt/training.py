@@ -1,0 +1,245 @@
+"""One update of everything that an update changes, for `hvd_lbt train`, benchmarks and own loops."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
+from hvd_lbt.measure.gradient_noise import GradientNoise
+from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
+from hvd_lbt.models.forward import Forward
+from hvd_lbt.optim import FusedSGD
+from hvd_lbt.recipe import Recipe
+from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.sampler import MicroBatches
+from hvd_lbt.schedule.plan import Update
+from hvd_lbt.schedule.settings import Schedule
+from hvd_lbt.world import World
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What one update counted, the same on all ranks.
+
+    sums: (3,) on the device: of losses, of right answers (NaN where the loss is your own), and of
+    samples that count. skipped: whether the update was dropped for a gradient that is not finite.
+    """
+
+    sums: Tensor
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the global batch. Reading it waits for the device."""
+        return float(self.sums[0] / self.sums[2])
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers, 0 to 1. Reading it waits for the device."""
+        return float(self.sums[1] / self.sums[2])
+
+
+class Training:
+    """Everything that an update changes: model, optimizer, reducer, statistics, noise averages.
+
+        training = Training(model, optimizer, schedule)  # after hvd_lbt.init()
+        for update, batches in sampler.updates(loader):
+            tally = training.update(update, batches)
+
+    model: on its device. optimizer: of its parameters; each update sets its lr and momentum.
+    schedule: of the plan. loss(*batch): one loss a sample, (n,), of a micro-batch as the DataLoader
+    gives it; cross-entropy of model(images) with labels unless given. forward: instead of loss, the
+    sum of the losses and (3,) what `Tally.sums` adds up. reducer: with settings of your own.
+    noise_every: measure the gradient's noise in every so many updates; 0: never.
+
+    Batch norm must be `GhostBatchNorm2d`, whose statistics are the same on any number of ranks.
+    Raises UserError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: FusedSGD,
+        schedule: Schedule,
+        *,
+        loss: Loss | None = None,
+        forward: Forward | None = None,
+        reducer: GradientReducer | None = None,
+        noise_every: int = 0,
+    ) -> None:
+        if loss is not None and forward is not None:
+            raise UserError("Training: loss and forward exclude each other; leave one of them out.")
+        if not isinstance(optimizer, FusedSGD):
+            raise UserError(
+                f"Training: the optimizer is {type(optimizer).__name__}; it must be FusedSGD."
+            )
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                raise UserError(
+                    f"Training: {name} is {type(module).__name__}, whose statistics would depend on "
+                    "the number of ranks. Use GhostBatchNorm2d, or put a frozen one in eval mode "
+                    "before."
+                )
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.device = next(model.parameters()).device
+        self.statistics = RunningStatistics(model)
+        self.reducer = reducer or GradientReducer(model, optimizer)
+        self.noise = GradientNoise(model, noise_every)
+        self._forward = forward or (_summed(loss) if loss else make_forward(model))
+        self._ghost_batch = self.statistics.ghost_batch
+
+    def update(self, update: Update, batches: MicroBatches[Any]) -> Tally:
+        """Do one update: set lr and momentum, backpropagate all micro-batches, sum, step.
+
+        batches: this rank's, from `PlanSampler.updates`. Every rank must call it for each update.
+        Raises UserError if they are not the update's, BadUpdatesError after too many skipped ones.
+        """
+        reducer = self.reducer
+        set_hyperparameters(self.optimizer, update, self.schedule)
+        self._use_ghost_batch(update, batches)
+        self.noise.begin(update.index, update.global_batch)
+        sums = torch.zeros(3, device=self.device)
+        last = len(batches) - 1
+        for index, batch in enumerate(batches):
+            parts = _on(self.device, batch)
+            _check_samples(update, parts, batches.sizes[index])
+            loss, counted = self._forward(*parts)
+            reducer.backward(loss / update.global_batch, last=index == last)
+            self.noise.add_part(batches.sizes[index])
+            sums += counted
+        if not batches:  # fewer ghost batches than ranks: this one only takes part in the sum
+            reducer.backward(None, last=True)
+        handles = [reducer.allreduce_async(sums, "metrics")]
+        if self.statistics.norms:
+            handles.append(reducer.allreduce_async(self.statistics.collected, "batch norm"))
+        handles += self.noise.send(reducer.allreduce_async)
+        skipped_before = reducer.stats()["skipped"]
+        self.optimizer.step()
+        for handle in handles:
+            reducer.synchronize(handle)
+        self.noise.end(reducer.squared_norm)
+        skipped = reducer.stats()["skipped"] > skipped_before
+        if skipped:
+            self.statistics.discard()  # they may be NaN as the gradient was
+        else:
+            self.statistics.fold(update.global_batch)
+        return Tally(sums=sums, skipped=skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs, on any number of ranks."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` gave; other keys of `state` are the caller's own."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "reducer": self.reducer,
+            "gradient_noise": self.noise,
+        }
+
+    def _use_ghost_batch(self, update: Update, batches: MicroBatches[Any]) -> None:
+        """Give the norms the update's ghost batch, which must be the one its layout was cut with."""
+        wanted = update.ghost_batch or self._ghost_batch
+        if self._ghost_batch is None or wanted is None:
+            return  # no norm whose statistics depend on it
+        if wanted != batches.ghost_batch:
+            raise UserError(
+                f"update {update.index}: the model's ghost batches are of {wanted} samples, and the "
+                f"micro-batches are cut for ghost batches of {batches.ghost_batch}. Make "
+                f"PlanSampler(…, ghost_batch={self._ghost_batch})."
+            )
+        self.statistics.use_ghost_batch(wanted)
+
+
+def make_training(
+    recipe: Recipe, classes: int, *, world: World, device: torch.device, graphs: int
+) -> Training:
+    """The training of a recipe, its weights drawn by run.seed.
+
+    graphs: how many sizes of micro-batch there are, for run.compile.
+    """
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model, classes, recipe.layout.ghost_batch).to(device)
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
+    first = recipe.schedule
+    optimizer = make_optimizer(model, recipe.optimizer, first.first_lr, first.first_momentum)
+    reducer = GradientReducer(
+        model,
+        optimizer,
+        world=world,
+        wire=recipe.wire.form,
+        bucket_mb=recipe.wire.bucket_mb,
+        max_bad_updates=recipe.run.max_bad_updates,
+    )
+    forward = make_forward(
+        model, bf16=recipe.run.precision == "bf16", channels_last=recipe.run.channels_last
+    )
+    return Training(
+        model,
+        optimizer,
+        recipe.schedule,
+        forward=compiled(forward, graphs) if recipe.run.compile else forward,
+        reducer=reducer,
+        noise_every=recipe.run.noise_every,
+    )
+
+
+def _summed(loss: Loss) -> Forward:
+    """A loss of one's own as `Training` calls it."""
+
+    def forward(*batch: Any) -> tuple[Tensor, Tensor]:
+        losses = loss(*batch)
+        if losses.ndim != 1:
+            raise UserError(
+                f"Training: loss gave a tensor of shape {tuple(losses.shape)}; it must be (n,), one "
+                "loss a sample, such as F.cross_entropy(…, reduction='none')."
+            )
+        total = losses.float().sum()
+        unknown = total.new_full((), float("nan"))
+        return total, torch.stack([total.detach(), unknown, total.new_full((), len(losses))])
+
+    return forward
+
+
+def _on(device: torch.device, batch: Any) -> tuple[Any, ...]:
+    """The parts of a batch as arguments, their tensors on the device."""
+    parts = batch if isinstance(batch, list | tuple) else (batch,)
+    return tuple(_moved(part, device) for part in parts)
+
+
+def _check_samples(update: Update, parts: tuple[Any, ...], wanted: int) -> None:
+    """Raise UserError unless a micro-batch has the samples of the plan, by its first tensor."""
+    values = [
+        value for part in parts for value in (part.values() if isinstance(part, dict) else [part])
+    ]
+    found = next(
+        (len(value) for value in values if isinstance(value, Tensor) and value.ndim), wanted
+    )
+    if found != wanted:
+        raise UserError(
+            f"update {update.index}: a micro-batch has {found} samples, the plan gives it {wanted}. "
+            "Give the DataLoader this sampler as its batch_sampler, and begin both anew together."
+        )
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, Mapping):
+        return {key: _moved(value, device) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_moved(value, device) for value in part]
+    return part
