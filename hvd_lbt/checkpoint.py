@@ -2,17 +2,24 @@
 
 A checkpoint is `update-NNNNNNNN.pt` (torch.save of plain state, with a version) and
 `update-NNNNNNNN.pt.sha256` (as sha256sum writes it). It knows nothing of the number of workers.
-`best.pt` is a link to the one with the best top-1 accuracy.
+`best.pt` is a link to the one with the best top-1 accuracy, or a copy where links are not possible.
+
+The two files cannot be replaced at once. The new digest is written to `….sha256.part`, then the
+file is renamed to its name, then the digest. `load` accepts a file that either digest fits, so that
+whenever the writer is killed, there is the old checkpoint or the new one.
 """
 
 import argparse
+import errno
 import hashlib
 import os
-import pickle
+import re
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,10 @@ from hvd_lbt.world import World
 
 VERSION = 1
 BEST = "best.pt"
+DAMAGED = ".damaged"  # is added to the names of a checkpoint that cannot be used
+# What vfat, CIFS, FUSE and others answer to a link, or to fsync of a folder, instead of doing it.
+UNSUPPORTED = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES}
+_announced: set[str] = set()  # what a file system lacks is printed once
 
 
 class Checkpoints:
@@ -88,10 +99,8 @@ class Checkpoints:
     def last_good(self) -> str:
         """A sentence that names the checkpoint to go on from."""
         self._error()
-        files = checkpoint_files(self.folder)
-        return (
-            f"The last good checkpoint is {files[-1]}." if files else "No checkpoint was written."
-        )
+        file = newest_good(self.folder)
+        return f"The last good checkpoint is {file}." if file else "No checkpoint was written."
 
     def _error(self) -> str:
         """Wait for the save before; what went wrong with it, or nothing."""
@@ -108,60 +117,79 @@ class Checkpoints:
 
     def _write(self, update: int, state: dict[str, Any], best: bool) -> None:
         file = self.folder / f"update-{update:08}.pt"
-        scratch = file.with_suffix(".pt.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with scratch.open("wb") as stream:
+            with _part(file).open("wb") as stream:
                 torch.save(state, stream)
                 stream.flush()
-                os.fsync(stream.fileno())
-            _write_durably(_digest_of(file), f"{_digest(scratch)}  {file.name}\n")
-            os.replace(scratch, file)
+                _sync(stream.fileno())
+            _replace_pair(file)
             if best:
-                link = self.folder / f"{BEST}.part"
-                link.unlink(missing_ok=True)
-                link.symlink_to(file.name)
-                os.replace(link, self.folder / BEST)
-            _sync_folder(self.folder)
+                _name_best(file)
         except (
             OSError,
             RuntimeError,
         ) as error:  # torch's writer makes a RuntimeError of a full disk
-            scratch.unlink(missing_ok=True)
-            if not file.exists():
-                _digest_of(file).unlink(missing_ok=True)
-            there = [old.name for old in checkpoint_files(self.folder)]
+            for scratch in (_part(file), _part(self.folder / BEST)):
+                with suppress(OSError):
+                    scratch.unlink(missing_ok=True)
+            there = newest_good(self.folder)
             raise CheckpointError(
-                f"The checkpoint {file} could not be written ({_reason(error)}). Free space or mend "
-                f"the folder, then go on with --resume from the one before: "
-                f"{there[-1] if there else 'there is none yet'}."
+                f"The checkpoint {file} could not be written ({_reason(error)}). Free space or "
+                "correct the folder, then start again with --resume from the last good one: "
+                f"{there.name if there else 'there is none yet'}."
             ) from error
         best_file = (self.folder / BEST).resolve()
-        for old in checkpoint_files(self.folder)[: -self.keep]:
+        others = [old for old in checkpoint_files(self.folder) if old != file]
+        for old in others[: max(0, len(others) + 1 - self.keep)]:
             if old.resolve() != best_file:
-                old.unlink()
-                _digest_of(old).unlink(missing_ok=True)
+                try:
+                    old.unlink()
+                    _digest_of(old).unlink(missing_ok=True)
+                except OSError as error:
+                    _announce(old, f"it cannot be removed ({error.strerror})")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("update-*.pt"))
+    files = [file for file in folder.glob("update-*.pt") if re.fullmatch(r"update-\d+", file.stem)]
+    return sorted(files, key=lambda file: int(file.stem.removeprefix("update-")))
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint whose digest fits; None if there is none."""
+    for file in reversed(checkpoint_files(folder)):
+        try:
+            check(file)
+        except DamagedError:
+            continue
+        return file
+    return None
+
+
+def load_newest(folder: Path, *, set_aside: bool = False) -> dict[str, Any] | None:
     """The newest undamaged state in a folder, on the CPU; None if there is no checkpoint.
 
-    A damaged file is said and the one before it is taken; UserError if all are damaged, or if the
-    newest was written in a format of another version.
+    A damaged file is named, and the one before it is taken; UserError if all are damaged, or if the
+    newest was written in a format of another version. set_aside: rename damaged files to
+    `….damaged`, so that they do not count as checkpoints; for the owner of the run.
     """
-    files = checkpoint_files(folder)
+    files, damaged = checkpoint_files(folder), list[Path]()
     for file in reversed(files):
         try:
-            return load(file)
+            state = load(file)
         except DamagedError as error:
             print(f"{error} Trying the one before.", flush=True)
+            damaged.append(file)
+            continue
+        for old in damaged if set_aside else ():
+            _set_aside(old)
+        return state
     if files:
-        raise UserError(f"All {len(files)} checkpoints in {folder} are damaged.")
+        raise UserError(
+            f"All {len(files)} checkpoints in {folder} are damaged. Restore one from a backup, or "
+            "move the folder away to train from the start."
+        )
     return None
 
 
@@ -171,11 +199,13 @@ def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dic
     Raises UserError if the folder holds a run and `resume` is not asked for, if there is nothing to
     resume, or if that run had other settings or another number of training images.
     """
-    if not resume and (out / "metrics.jsonl").exists():
+    if not resume and ((out / "metrics.jsonl").exists() or checkpoint_files(out / "checkpoints")):
         raise UserError(
             f"{out} already holds a run. Go on with it by --resume, or choose another --out."
         )
-    state = load_newest(out / "checkpoints") if resume else None
+    # by the thread that writes, which may be at work for an elastic world before this one
+    Checkpoints._writer.submit(_finish_interrupted, out / "checkpoints").result()
+    state = load_newest(out / "checkpoints", set_aside=True) if resume else None
     if state is not None:
         changes = recipe.changes_since(state["recipe"])
         if changes:
@@ -200,21 +230,57 @@ class DamagedError(UserError):
     """A checkpoint that is not whole: the one before it may be."""
 
 
+def check(file: Path) -> None:
+    """Raise DamagedError unless `file` is there, and has the digest in the file beside it."""
+    digest_file, found, reasons = _digest_of(file), "", list[str]()
+    # The second is of a writer that was killed, or is at work, between its two renames.
+    for candidate in (digest_file, _part(digest_file)):
+        try:
+            text = candidate.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            reasons.append(f"{candidate} cannot be read ({_reason(error)})")
+            continue
+        expected = re.match(rb"\\?([0-9a-f]{64})(?=\s|$)", text)
+        if not expected:
+            reasons.append(f"{candidate} holds no SHA-256 as sha256sum writes it")
+            continue
+        try:
+            found = found or _digest(file)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise DamagedError(f"The checkpoint {file} is missing.") from error
+            raise DamagedError(
+                f"The checkpoint {file} cannot be read: {_reason(error)}."
+            ) from error
+        if found == expected[1].decode():
+            return
+        reasons.append(f"its SHA-256 is not the one in {candidate}")
+    if reasons:
+        raise DamagedError(f"The checkpoint {file} is damaged: {'; '.join(reasons)}.")
+    if not file.exists():
+        raise DamagedError(f"The checkpoint {file} is missing.")
+    raise DamagedError(
+        f"The checkpoint {file} cannot be checked: {digest_file} is missing. Copy it along (for "
+        f"{BEST}, which is a link, that of the file it leads to). If you know that the file is whole: "
+        f"sha256sum {file} > {digest_file}"
+    )
+
+
 def load(file: Path) -> dict[str, Any]:
     """The state in `file`, on the CPU; only plain data is read, never code.
 
     Raises DamagedError if it is missing or damaged, UserError if its version is not ours.
     """
     file = file.resolve()  # best.pt is a link
+    check(file)
     try:
-        expected = _digest_of(file).read_text().split()[0]
-        if _digest(file) != expected:
-            raise DamagedError(f"The checkpoint {file} is damaged: its SHA-256 is not {expected}.")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DamagedError(
-            f"The checkpoint {file} or its .sha256 cannot be read: {_reason(error)}."
-        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a file that is no checkpoint makes torch's reader raise
+        raise DamagedError(f"The checkpoint {file} cannot be read: {_reason(error)}.") from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise UserError(
@@ -275,7 +341,12 @@ def _reason(error: Exception) -> str:
 
 
 def _digest_of(file: Path) -> Path:
-    return file.with_suffix(".pt.sha256")
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _part(file: Path) -> Path:
+    """Where a file is written, to be renamed when it is whole."""
+    return file.with_name(f"{file.name}.part")
 
 
 def _digest(file: Path) -> str:
@@ -283,16 +354,95 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
+def _replace_pair(file: Path) -> None:
+    """Give a whole `FILE.part` its name, and write its digest; see the head of this module."""
+    digest_file = _digest_of(file)
+    with _part(digest_file).open("w") as stream:
+        stream.write(f"{_digest(_part(file))}  {file.name}\n")
         stream.flush()
-        os.fsync(stream.fileno())
+        _sync(stream.fileno())
+    os.replace(_part(file), file)
+    _sync_folder(file.parent)  # the digest must not arrive on disk before the file
+    os.replace(_part(digest_file), digest_file)
+    _sync_folder(file.parent)
+
+
+def _name_best(file: Path) -> None:
+    """Let best.pt be this checkpoint: a link, or a copy with a digest of its own."""
+    best = file.with_name(BEST)
+    try:
+        _part(best).unlink(missing_ok=True)
+        _part(best).symlink_to(file.name)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _announce(file.parent, f"no symbolic links here ({error.strerror}); {BEST} is a copy")
+        with file.open("rb") as source, _part(best).open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+            copy.flush()
+            _sync(copy.fileno())
+        _replace_pair(best)
+    else:
+        os.replace(_part(best), best)
+        _digest_of(best).unlink(missing_ok=True)  # of a copy, before links were possible
+        _sync_folder(file.parent)
+
+
+def _finish_interrupted(folder: Path) -> None:
+    """Complete what a writer that was killed has begun, and remove its leftovers."""
+    for scratch in sorted(folder.glob("*.part")):
+        digest_file = scratch.with_suffix("")
+        file = digest_file.with_suffix("")
+        try:
+            if (
+                digest_file.suffix == ".sha256"
+                and file.is_file()
+                and scratch.read_bytes().startswith(_digest(file).encode())
+            ):
+                os.replace(scratch, digest_file)
+            else:
+                scratch.unlink()
+        except OSError as error:
+            _announce(folder, f"{scratch.name} of an earlier run stays there ({error.strerror})")
+
+
+def _set_aside(file: Path) -> None:
+    aside = file.with_name(file.name + DAMAGED)
+    try:
+        os.replace(file, aside)
+        print(f"It is {aside} now.", flush=True)
+        with suppress(FileNotFoundError):
+            digest_file = _digest_of(file)
+            os.replace(digest_file, digest_file.with_name(digest_file.name + DAMAGED))
+    except OSError as error:
+        print(f"{file} cannot be renamed ({error.strerror}).", flush=True)
+
+
+def _sync(descriptor: int) -> None:
+    """fsync, where the file system has it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _announce(None, f"no fsync here ({error.strerror}); a power failure may cost a checkpoint")
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError as error:
+        _announce(folder, f"it cannot be opened for fsync ({error.strerror})")
+        return
+    try:
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _announce(path: Path | None, text: str) -> None:
+    """Print what the storage cannot do, once."""
+    line = f"{path or 'checkpoints'}: {text}."
+    if line not in _announced:
+        _announced.add(line)
+        print(line, flush=True)

@@ -172,8 +172,6 @@ class RunLock:
                 with open(self._record, "x", encoding="utf-8") as file:
                     json.dump(asdict(self.owner), file, indent=1)
                     file.write("\n")
-                    file.flush()
-                    os.fsync(file.fileno())
             except FileExistsError:
                 self._put_aside(certain)
                 continue

@@ -77,7 +77,7 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
     assert f"{newest} is damaged" in told[0]
-    assert f"{middle} or its .sha256 cannot be read: No such file" in told[1]
+    assert f"{middle} cannot be checked: {middle}.sha256 is missing. Copy it along" in told[1]
     checkpoint_files(tmp_path)[0].write_bytes(b"")
     with pytest.raises(UserError, match=r"All 3 checkpoints in .* are damaged"):
         load_newest(tmp_path)
@@ -126,7 +126,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path):
         saved = checkpoints(tmp_path)
         saved.save(1, state(1))
         saved.save(2, {**state(2), "big": torch.zeros(1 << 20)})
-        told = r"update-00000002.pt could not be written \(No space left on device\).*before: update-00000001.pt"
+        told = r"update-00000002.pt could not be written \(No space left on device\).*good one: update-00000001.pt"
         with pytest.raises(UserError, match=told):
             saved.save(3, state(3))
         assert load_newest(tmp_path)["update"] == 1
