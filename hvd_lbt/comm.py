@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_lbt import launcher
 from hvd_lbt.errors import UserError
 from hvd_lbt.world import RANK_VARIABLES, World
 
@@ -88,6 +89,7 @@ def init(device: int | None = None) -> World:
     """
     global _world
     _start_watchdog()
+    launcher.watch()
     before = set(os.listdir("/proc/self/fd"))
     with _WaitingFor("the start of all ranks"):
         if not _GLOO:
@@ -333,6 +335,8 @@ def abort(code: int) -> None:
     """End all ranks at once with this exit code; call it after the reason has been printed."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if not _GLOO:
+    if hvd.size() == 1:
+        hvd.shutdown()  # there is no other rank, and MPI_Abort prints eight lines below the reason
+    elif not _GLOO:
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # under Gloo the launcher ends the other ranks when one has failed

@@ -70,15 +70,21 @@ def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
 def begin(
     ranks: int, *words: str | Path, timeout: float = 300, launcher: str | None = None
 ) -> Launch:
-    """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in launch/."""
+    """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in launch/.
+
+    launcher: the script, or another launcher's words up to the number of ranks.
+    """
     environment = os.environ | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+    if launcher:
+        name, *options = launcher.split()
+        program = [ROOT / name if "/" in name else name, *options, str(ranks), *words]
     process = subprocess.Popen(
-        [ROOT / launcher, str(ranks), *words] if launcher else command(ranks, words),
+        program if launcher else command(ranks, words),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

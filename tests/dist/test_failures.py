@@ -66,7 +66,7 @@ def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(start, tmp_path, lau
 def test_a_launcher_that_is_told_to_end_before_it_has_begun_ends(start, tmp_path):
     launch = start(2, *train_long(tmp_path), launcher="launch/local")
     command = Path(f"/proc/{launch.process.pid}/cmdline")
-    while b"hand_on.py" not in command.read_bytes():
+    while b"supervise.py" not in command.read_bytes():
         assert launch.process.poll() is None
     time.sleep(0.2)  # horovodrun takes longer to start mpirun, and the ranks much longer
     launch.process.send_signal(signal.SIGTERM)

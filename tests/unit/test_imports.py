@@ -15,7 +15,7 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "run_lock"},
+    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "run_lock", "launcher"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state"},
