@@ -143,6 +143,40 @@ def test_a_sweep_is_an_array_of_policies_and_seeds(slurm, tmp_path):
         shutil.rmtree(runs, ignore_errors=True)
 
 
+def test_preemption_of_an_elastic_job_costs_no_update(slurm, tmp_path):
+    """SIGTERM to every process and the trap's SIGUSR1 within milliseconds are one request to stop."""
+    out = tmp_path / "run"
+    words = ["sbatch", "--parsable", "--exclusive", f"--output={out}.log"]
+    words += [slurm.script("elastic.sbatch"), "digits"]
+    stages = (
+        *("model.width=4", "schedule.epochs=10", "run.eval_every=99"),
+        *("schedule.milestones=[]", "run.checkpoint_minutes=60"),
+    )
+    job = slurm.run(
+        *(*words, *(word for one in stages for word in ("--set", one))),
+        INTERFACE="lo",
+        OUT=str(out),
+        OMP_NUM_THREADS="1",
+        SLOTS="2",
+        MAX_NODES="1",
+    ).strip()
+    until(lambda: len(events(out, "update")) > 10)
+    urgent = slurm.run(
+        *("sbatch", "--parsable", "--partition=high", "--ntasks=4", "--output=/dev/null"),
+        *("--wrap", "sleep 1"),
+    ).strip()
+    assert slurm.wait(urgent)["JobState"] == "COMPLETED"
+    ended = slurm.wait(job)
+    log = Path(f"{out}.log").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    stopped, finished = events(out, "end")
+    assert (stopped["reason"], finished["reason"]) == ("stopped", "finished")
+    assert "saved: use --resume" in log  # the workers' last words came through
+    assert events(out, "run")[-1]["resumed_at_update"] == stopped["update"] > 10
+    done = [update["update"] for update in events(out, "update")]
+    assert done == list(range(finished["update"]))  # none was done twice
+
+
 def test_helper_jobs_lend_nodes_as_the_batch_grows_and_leave(slurm, tmp_path):
     out = tmp_path / "run"
     stages = (
