@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import ROOT, Launch
+from launching import ROOT, Ended, Launch
 from test_train import SMALL, events, last_state, train
 
 SSHD = "/usr/sbin/sshd"  # it wants to be called so
@@ -35,35 +35,61 @@ FILES = {
 }
 
 
-def test_horovodrun_reaches_another_node_by_ssh(tmp_path):
+def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
+    """Run a command on node1, from where node2 is reached by ssh."""
     missing = [name for name in (SSHD, "ip", "ssh-keygen", "unshare") if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (apt-get install openssh-server iproute2)")
     if os.geteuid() != 0:
         pytest.skip("networks and host names are made by root only, as in a container")
     for name, text in FILES.items():
-        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (folder / name).write_text(text.format(folder=folder))
     for name in ("key", "host_key"):
-        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name]
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name]
         subprocess.run(words, check=True)
     # horovodrun remembers for an hour that a host was reached, and then does not make it known
-    host_key = (tmp_path / "host_key.pub").read_text()
-    (tmp_path / "known_hosts").write_text(f"[node2]:2222 {host_key}")
-
-    out = tmp_path / "run"
-    short = (*SMALL, "schedule.epochs=0.5", "schedule.milestones=[]")
+    host_key = (folder / "host_key.pub").read_text()
+    (folder / "known_hosts").write_text(f"[node2]:2222 {host_key}")
     apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    launch = [ROOT / "launch/nodes", "node1:1,node2:1", *train(*short, out=out)[2:]]
     process = subprocess.Popen(
-        [*apart, "bash", "-c", SCRIPT.replace("{sshd}", SSHD), "bash", tmp_path, *launch],
-        env=os.environ | {"SSH_PORT": "2222", "OMP_NUM_THREADS": "1"},
+        [*apart, "bash", "-c", SCRIPT.replace("{sshd}", SSHD), "bash", folder, *launch],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    ended = Launch(process, timeout=120).wait()
-    assert ended.code == 0, ended.output[-4000:] + (tmp_path / "sshd.log").read_text()
+    ended = Launch(process, timeout=300).wait()
+    assert ended.code == 0, ended.output[-4000:] + (folder / "sshd.log").read_text()
+    assert "Accepted publickey for root from 10.77.0.1" in (folder / "sshd.log").read_text()
+    return ended
+
+
+SHORT = (*SMALL, "schedule.epochs=0.5", "schedule.milestones=[]")
+
+
+def test_horovodrun_reaches_another_node_by_ssh(tmp_path):
+    out = tmp_path / "run"
+    launch = [ROOT / "launch/nodes", "node1:1,node2:1", *train(*SHORT, out=out)[2:]]
+    ended = on_two_nodes(tmp_path, launch, SSH_PORT="2222", INTERFACE="net0")
     assert ended.output.count("2 workers · 1,437 training images") == 1
-    assert "Accepted publickey for root from 10.77.0.1" in (tmp_path / "sshd.log").read_text()
     assert last_state(out)["update"] == events(out, "run")[0]["plan"]["updates"]
+
+
+def test_an_elastic_worker_on_another_node_gets_its_key_by_ssh(tmp_path):
+    """Both workers' connections are reported over the network; the key is on no command line."""
+    out = tmp_path / "run"
+    shell = tmp_path / "shell"
+    shell.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{tmp_path}/words\nexec ssh -p 2222 "$@"\n')
+    shell.chmod(0o755)
+    launch = [ROOT / "launch/elastic", "2", "2", "--network-interface", "net0"]
+    launch += ["--discover", "echo node1:1; echo node2:1", "--remote-shell", str(shell)]
+    launch += train(*SHORT, out=out)[2:]
+    ended = on_two_nodes(tmp_path, launch)
+    assert ended.output.count("2 workers · 1,437 training images") == 1
+    assert "dissolved" not in ended.output
+    assert last_state(out)["update"] == events(out, "run")[0]["plan"]["updates"]
+    host, program = (tmp_path / "words").read_text().splitlines()
+    assert host == "node2"
+    assert program.startswith("exec ")
+    assert program.endswith("/hvd_lbt/elastic/begin.py")  # and nothing else
