@@ -218,11 +218,19 @@ def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dic
                 f"{out} was trained on {state['train_samples']:,} images, and this training folder "
                 f"has {train_samples:,}. Resume with the same --data, or choose another --out."
             )
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+    folder, file = out / "checkpoints", out / "recipe.yaml"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        folder.mkdir(parents=True, exist_ok=True)  # not after the first hours of training
+        _part(file).write_text(text)
+        os.replace(_part(file), file)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
-        raise UserError(f"--out {out}: the folder cannot be written ({error}).") from error
+        raise UserError(
+            f"{error.filename2 or error.filename} cannot be written ({error.strerror}). Free space "
+            f"or correct it, then start again with --resume, or choose another --out than {out}."
+        ) from error
     return state
 
 

@@ -1,13 +1,17 @@
 """What a run says while it trains: JSON lines, TensorBoard, and a live line. Rank 0 speaks."""
 
+import io
 import json
 import math
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +19,14 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
 from hvd_lbt import terminal
-from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.append_file import AppendFile
+from hvd_lbt.errors import SampleError
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.plan import Plan, Update
@@ -64,6 +71,33 @@ def slurm_job() -> dict[str, str] | None:
     return {"id": job, "restarts": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else None
 
 
+class EventFile:
+    """TensorBoard's scalars, as SummaryWriter writes them, in a file that outlasts a full disk.
+
+    SummaryWriter's own thread ends with a traceback when the disk is full, and then the training.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]):
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
+        self._file = AppendFile(folder / name, say)
+        self._add(Event(file_version="brain.Event:2"))
+        # what an earlier part of the run wrote for these steps is hidden
+        self._add(Event(step=purge_step, file_version="brain.Event:2"))
+        self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._file.flush()
+        self.flush, self.close = self._file.flush, self._file.close
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Note a value; `flush` writes it."""
+        self._add(Event(step=step, summary=scalar(tag, value)))
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        framed = io.BytesIO()
+        RecordWriter(framed).write(event.SerializeToString())
+        self._file.append(framed.getvalue())
+
+
 class RunLog:
     """Writes RUN/metrics.jsonl and RUN/tensorboard on rank 0 and shows progress there."""
 
@@ -76,15 +110,12 @@ class RunLog:
         self._accuracy = ""
         self._waited = self._trained = 0.0
         self._folder, self._named, self._left_out = folder, set[str](), 0
+        self._says = True  # until the standard output fails
         self._first_sample = (
             plan.at(first_update).samples_seen if first_update < plan.updates else plan.samples
         )
         if not self.speaks:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
-        self._end_torn_line()
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=first_update)
         live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
         self.console = terminal.console(live=live)
         self._progress = Progress(
@@ -96,19 +127,28 @@ class RunLog:
             disable=not live,
         )
         self._task = self._progress.add_task("", total=plan.samples, completed=self._first_sample)
+        self._lines = AppendFile(folder / "metrics.jsonl", self.say)
+        if not self._lines.ends_with(b"\n"):  # half a line of a run that was killed
+            self._lines.append(b"\n")
+        self._board = EventFile(folder / "tensorboard", first_update, self.say)
         self._progress.start()
-
-    def _end_torn_line(self) -> None:
-        """A run that was killed may have left half a line; the next must not be joined to it."""
-        size = self._lines.seek(0, os.SEEK_END)
-        if size and os.pread(self._lines.fileno(), 1, size - 1) != b"\n":
-            self._lines.write("\n")
 
     def say(self, text: Any) -> None:
         """Print once, on rank 0, above the live line."""
         if self.speaks:
             shown = terminal.printable(text) if isinstance(text, str) else text
-            self.console.print(shown, soft_wrap=True, highlight=False)
+            try:
+                self.console.print(shown, soft_wrap=True, highlight=False)
+            except OSError as error:  # a full disk, or a pipe that nobody reads
+                if self._says:
+                    with suppress(OSError):
+                        print(
+                            f"The standard output cannot be written ({error.strerror}); "
+                            f"{self._folder / 'metrics.jsonl'} has all numbers.",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                self._says = False
 
     def begin(self, recipe: Recipe, test_samples: int, first_update: int) -> None:
         """Show the plan, and note what the run is made of."""
@@ -140,14 +180,9 @@ class RunLog:
         """Write one line to metrics.jsonl."""
         if not self.speaks:
             return
-        try:
-            self._lines.write(json.dumps({"event": event, **values, "time": time.time()}) + "\n")
-            self._lines.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self._lines.name} could not be written ({error.strerror}). Free space or mend the "
-                "folder, then go on with --resume from the newest checkpoint."
-            ) from error
+        line = json.dumps({"event": event, **values, "time": time.time()}) + "\n"
+        self._lines.append(line.encode())
+        self._lines.flush()
 
     def update(
         self,
@@ -212,6 +247,7 @@ class RunLog:
             for key in ("global_batch", "lr", "momentum", "noise_scale"):
                 self._board.add_scalar(f"plan/{key}", record[key], record["update"])
         self._pending.clear()
+        self._board.flush()
         self._show(record)
 
     def evaluation(self, update: Update, values: dict[str, Any]) -> None:
@@ -225,6 +261,7 @@ class RunLog:
         self.event("eval", update=done, epoch=epoch, samples_seen=seen, **values)
         for key in ("loss", "top1", "top5"):
             self._board.add_scalar(f"test/{key}", values[key], done)
+        self._board.flush()
         self._accuracy = f" · test {values['top1']:.2%}"
         self.say(
             f"epoch {epoch:6.2f} · update {done:>6} · test loss {values['loss']:.4f} · "
@@ -234,16 +271,22 @@ class RunLog:
 
     def left_out(self, error: SampleError) -> None:
         """List a sample that was left out, once, in this rank's RUN/left_out.RANK.txt."""
-        if str(error) not in self._named:
+        line = f"{error}\n"
+        if line in self._named:
+            return
+        file = self._folder / f"left_out.{self._world.rank}.txt"
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"left_out.{self._world.rank}.txt"
             if not self._named and file.exists():  # from before a resume
-                self._named |= set(file.read_text("utf-8", "surrogateescape").splitlines())
-            if str(error) in self._named:
-                return
-            self._named.add(str(error))
-            with file.open("a", encoding="utf-8", errors="surrogateescape") as lines:
-                lines.write(f"{error}\n")
+                with file.open(encoding="utf-8", errors="surrogateescape") as before:
+                    self._named |= set(before)
+            if line not in self._named:
+                with file.open("a", encoding="utf-8", errors="surrogateescape") as lines:
+                    lines.write(line)
+        except OSError as refused:
+            shown = terminal.printable(str(error))
+            print(f"{file} cannot be written ({refused.strerror}): {shown}", flush=True)
+        self._named.add(line)
 
     def _share(self) -> float:
         """Of the training time so far, the share that this rank waited for data."""
@@ -274,10 +317,12 @@ class RunLog:
     def close(self) -> None:
         """Take the live line down and close the files."""
         if self.speaks:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._lines.close()
             self._board.close()
-            sys.stdout.flush()
+            with suppress(OSError):
+                sys.stdout.flush()
 
     def _show(self, record: dict[str, Any]) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"

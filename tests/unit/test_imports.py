@@ -15,7 +15,8 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "run_lock", "launcher"},
+    {"errors", "world", "data.order", "data.cuts", "ops", "stop"},
+    {"run_lock", "launcher", "append_file"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state"},
