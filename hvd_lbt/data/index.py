@@ -314,21 +314,22 @@ def _scan_all(
 
 def _index_of(source: Source, made: list[Any]) -> Index:
     findings, shards = Findings(), source.kind != "folder"
-    if not any(map(len, made)):
-        what = "shards" if shards else "class folders"
-        raise UserError(
-            f"{source.root} has no images: {len(made)} {what} and no file that ends in "
-            f"{', '.join(sorted(SUFFIXES))}."
-        )
     for part, its in zip(source.parts, made, strict=True):
         findings.merge(its.findings, f"{part}{':' if shards else '/'}")
         if not len(its):
             if shards:
                 findings.errors.append(
-                    f"{printable(str(source.root / part))} is a shard without images: it is "
+                    f"{printable(source.root / part)} is a shard without images: it is "
                     "damaged, or not meant to be here. Remove it."
                 )
-            findings.add(found.EMPTY_CLASS, part)
+            else:
+                findings.add(found.EMPTY_CLASS, part)
+    if not any(map(len, made)):
+        what = "shards" if shards else "class folders"
+        raise UserError(
+            f"{printable(source.root)} has no images: {len(made)} {what} and no file that ends in "
+            f"{', '.join(sorted(SUFFIXES))}. {'; '.join(findings.lines())}"
+        )
     index = (_of_shards if shards else _of_folders)(source, made, findings)
     used = np.unique(index.tokens)
     if len(used) == 1:
@@ -396,12 +397,12 @@ def _compare_labels(source: Source, made: list[Extents], findings: Findings) -> 
                     clash |= owners.setdefault((place, other), label) != label
             if clash:
                 findings.errors.append(
-                    f"{printable(str(source.root / name))} has the labels {others} for one image "
+                    f"{printable(source.root / name)} has the labels {others} for one image "
                     f"(a name and a number), which other images have with other partners: {first}."
                 )
     if len(seen) > 1:
         findings.errors.append(
-            f"{printable(str(source.root))} has labels of different kinds "
+            f"{printable(source.root)} has labels of different kinds "
             f"({printable('; '.join(seen.values()))}): whether two of them are one class is not "
             "certain. Give all images numbers, or all names."
         )

@@ -259,7 +259,7 @@ def _compare_names(root: Path, split: str, seen: _Seen, *, named: bool) -> None:
     words = {split: set(words) for split, words in SPLITS.items()}
     own, others = words[split], set().union(*(words[name] for name in words if name != split))
     all_said = [word for each in words.values() for word in each]
-    counts: dict[tuple[str, str], dict[int, set[int]]] = {}
+    counts: dict[tuple[str, str], dict[str, set[int]]] = {}
     for entry in (entry for its in seen.shards.values() for entry in its):
         said = set(_says(entry.name, all_said))
         if said & others and (said & own or named):
@@ -267,22 +267,22 @@ def _compare_names(root: Path, split: str, seen: _Seen, *, named: bool) -> None:
                 f"{printable(entry.path)} is called after {' and '.join(sorted(said))}, and it would "
                 f"be taken for {split}: rename it, or put it into a folder train or test."
             )
-        if (match := NUMBERED.match(entry.name)) and len(match[2]) < 9 and len(match[3]) < 9:
-            counts.setdefault((match[1], match[4]), {}).setdefault(int(match[3]), set()).add(
+        if (match := NUMBERED.match(entry.name)) and len(match[3]) < 7:
+            counts.setdefault((match[1], match[4]), {}).setdefault(match[3], set()).add(
                 int(match[2])
             )
     for (before, after), series in counts.items():
         if len(series) > 1:
             names = " and ".join(f"{before}…-of-{count}{after}" for count in sorted(series))
             seen.findings.errors.append(
-                f"{printable(str(root))} has the shards of two conversions, {printable(names)}: "
+                f"{printable(root)} has the shards of two conversions, {printable(names)}: "
                 "their samples would count twice. Remove one."
             )
         for count, there in series.items():
-            first = 0 if 0 in there or count not in there else 1
-            missing = sorted(set(range(first, first + count)) - there)
+            first = 0 if 0 in there or int(count) not in there else 1
+            missing = sorted(set(range(first, first + int(count))) - there)
             if missing:
-                name = f"{before}{missing[0]}-of-{count}{after}"
+                name = f"{before}{missing[0]:0{len(count)}}-of-{count}{after}"
                 seen.findings.add(found.MISSING, name, len(missing))
 
 

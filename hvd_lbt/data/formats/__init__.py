@@ -83,7 +83,7 @@ def shard_kind(file: Path) -> str:
     head = first_bytes(file, 512) or b""
     if head.startswith(COMPRESSED):
         raise UserError(
-            f"{printable(str(file))} is compressed; samples are read by position: unpack it first."
+            f"{printable(file)} is compressed; samples are read by position: unpack it first."
         )
     if head[:4] == RECORDIO_MAGIC:
         return "recordio"

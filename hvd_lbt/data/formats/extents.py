@@ -66,7 +66,7 @@ class Window:
 
     def error(self, what: str) -> UserError:
         """A UserError that begins with the file's name."""
-        return UserError(f"{printable(str(self.file))} {what}.")
+        return UserError(f"{printable(self.file)} {what}.")
 
 
 class LabelError(ValueError):

@@ -130,7 +130,7 @@ class SplitError(UserError):
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or left behind by a system."""
-    return name.startswith(".") or name.lower() in LITTER
+    return (name[:1] == "." and name != "..") or name.lower() in LITTER
 
 
 def picture_of(head: bytes) -> str:

@@ -64,7 +64,7 @@ def _walk(folder: Path, top: Path, into: ClassFiles) -> None:
         into.findings.add(found.FOLDERS, into.nested[-1])
         if len(into.nested) > MOST_FOLDERS:
             raise UserError(
-                f"{printable(str(top))} has more than {MOST_FOLDERS:,} folders below it: it is no "
+                f"{printable(top)} has more than {MOST_FOLDERS:,} folders below it: it is no "
                 "class folder. A split is CLASS/FILE."
             )
         with os.scandir(folder) as entries:
@@ -76,7 +76,7 @@ def _walk(folder: Path, top: Path, into: ClassFiles) -> None:
                     raise UserError(
                         f"{printable(entry.path)} lies in a folder below a class folder: a split is "
                         f"CLASS/FILE, so its class is not certain. Move it to "
-                        f"{printable(str(top))}, or make its folder a class."
+                        f"{printable(top)}, or make its folder a class."
                     )
                 if reason is found.FOLDERS:
                     todo.append(Path(entry.path))

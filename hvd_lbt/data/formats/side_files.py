@@ -28,7 +28,7 @@ def compare_with_idx(file: Path, starts: list[int], findings: Findings) -> None:
         wrong = sorted(listed - set(starts))
         if wrong:
             raise UserError(
-                f"{printable(str(file))} has no record at byte {wrong[0]:,}, where {idx.name} has "
+                f"{printable(file)} has no record at byte {wrong[0]:,}, where {idx.name} has "
                 f"one ({len(wrong):,} such): the shard is cut off or damaged, or the .idx is "
                 "another shard's and is to be removed."
             )
