@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +117,7 @@ def check(store: Store, data: DataRecipe) -> list[SampleError]:
     Bad is also a TFRecord whose checksum does not hold and a RecordIO record that has swallowed the
     next, though their images may still decode.
     """
-    if store.index.kind == "tfrecord":
-        store = _Verified(store)
-    elif store.index.kind == "recordio":
-        store = _Whole(store)
+    store = CHECKED.get(store.index.kind, lambda its: its)(store)
     bad: list[SampleError] = []
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
@@ -181,3 +179,6 @@ class _Whole(Store):
                 f"{self.name(index)} holds the beginning of another record: its length is damaged."
             )
         return super().image(index)
+
+
+CHECKED: dict[str, Callable[[Store], Store]] = {"tfrecord": _Verified, "recordio": _Whole}

@@ -34,6 +34,7 @@ from hvd_lbt.data.digits import cache_folder
 from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, Findings, SplitError
 from hvd_lbt.data.formats import findings as found
 from hvd_lbt.data.formats.folder import ClassFiles, scan_class
+from hvd_lbt.data.formats.side_files import compare_with_counts
 from hvd_lbt.data.reading import Readers, bounded
 from hvd_lbt.data.source import Source, find_source
 from hvd_lbt.errors import ReadError, UserError
@@ -364,6 +365,12 @@ def _of_shards(source: Source, made: list[Extents], findings: Findings) -> Index
         table = np.array([place.setdefault(name, len(place)) for name in part.names], np.int32)
         tokens.append(table[np.frombuffer(part.tokens, dtype=np.int32)] if len(part) else table)
     _compare_labels(source, made, findings)
+    unpadded = [name for name, its in zip(source.parts, made, strict=True) if its.unpadded]
+    if len(unpadded) < len(made):  # one writer does not pad some of its files
+        for name in unpadded:
+            if found.ODD_END not in made[source.parts.index(name)].findings.counts:
+                findings.add(found.ODD_END, name)
+    compare_with_counts(source.root, source.name, sum(map(len, made)), findings)
     columns = (
         np.repeat(np.arange(len(made)), [len(part) for part in made]),
         np.concatenate([np.frombuffer(part.offsets, dtype=np.int64) for part in made]),

@@ -25,9 +25,13 @@ ABOUT_SHARDS = {"dataset_info.json", "features.json"}  # of TensorFlow Datasets
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A split's class folders or shards by name, with their size and times; what else lies there."""
+    """A split's class folders or shards by name, with their size and times; what else lies there.
+
+    name: what the data set calls the split: train, test, val or validation.
+    """
 
     kind: str
+    name: str
     root: Path
     parts: tuple[str, ...]
     stats: tuple[tuple[int, int, int], ...]  # bytes (0 for a folder), mtime and ctime in ns
@@ -89,8 +93,10 @@ def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
     named = [data / word for word in words if (data / word).is_dir()]
     if named:
         root, seen = _folder_of(named, asked)
+        name = root.name
     else:
-        root, seen = data, _shards_of(data, split, asked)
+        root = data
+        seen, name = _shards_of(data, split, asked)
     choice = words[0] if len(words) == 1 else "{" + ",".join(words) + "}"
     where = str(root) if named else f"{data}/{choice}"
     kinds = seen.kinds()
@@ -120,6 +126,7 @@ def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
         stats.append((size, about.st_mtime_ns, about.st_ctime_ns))
     return Source(
         kind=kind,
+        name=name,
         root=root,
         parts=tuple(entry.name for entry in parts),
         stats=tuple(stats),
@@ -153,8 +160,8 @@ def _folder_of(named: list[Path], asked: list[Path]) -> tuple[Path, _Seen]:
     return root, seen
 
 
-def _shards_of(data: Path, split: str, asked: list[Path]) -> _Seen:
-    """The shards in DATA itself whose names say this split."""
+def _shards_of(data: Path, split: str, asked: list[Path]) -> tuple[_Seen, str]:
+    """The shards in DATA itself whose names say this split, and the word that they say."""
     words = SPLITS[split]
     files = [entry for entry in _entries(data) if not entry.name.startswith(".")]
     said = {entry.name: _says(entry.name, words) for entry in files}
@@ -175,7 +182,7 @@ def _shards_of(data: Path, split: str, asked: list[Path]) -> _Seen:
         for entry in files:
             if SHARD_ENDING.search(entry.name) and not _says(entry.name, splits):
                 seen.findings.add(found.NOT_USED, f"{entry.name}: its name says no split")
-    return seen
+    return seen, chosen
 
 
 def _look(entries: Iterable[os.DirEntry[str]], asked: list[Path]) -> _Seen:

@@ -118,7 +118,7 @@ def test_joined_tars_and_erased_blocks_are_errors(shard):
     refused(shard(bytes(len(whole))), r"a.tar is no whole tar")
     store = opened(shard(whole + bytes(10240)))
     assert samples(store) == EXPECTED
-    assert "warning: 1 tar that ends in more zeros than tar writes" in named(store)
+    assert "warning: 1 tar with another number of zeros at its end" in named(store)
 
 
 def test_members_of_a_sample_need_not_be_neighbours(shard):
@@ -652,3 +652,23 @@ def test_check_compares_the_checksums_of_a_conversion(classes, tmp_path, capsys)
     capsys.readouterr()
     assert main(["data", "check", str(out)]) == 1
     assert f"{file} is not as sha256sums.txt has it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["webdataset", "tfrecord", "recordio"])
+def test_a_conversion_that_lost_samples_is_an_error_when_it_is_indexed(form, tmp_path):
+    data, out = write_folder(tmp_path / "data"), tmp_path / "out"
+    command = ["data", "convert", str(data), str(out), "--format", form]
+    assert main([*command, "--samples-per-shard", "10"]) == 0
+    assert len(opened(out)) == 23
+    sorted((out / "train").glob("train-*"))[1].unlink()
+    refused(out, r"train has 13 samples, and .*convert.json says 23")
+
+
+def test_shards_of_tensorflow_datasets_are_counted(shard):
+    whole = records(*(features(image=[IMAGES[at]], label=[at]) for at in range(5)))
+    data = shard(whole, "x-train.tfrecord-00000-of-00001")
+    about = data / "train/dataset_info.json"
+    about.write_text('{"splits": [{"name": "train", "shardLengths": ["5"]}]}')
+    assert len(opened(data)) == 5
+    about.write_text('{"splits": [{"name": "train", "shardLengths": ["5", "2"]}]}')
+    refused(data, "train has 5 samples, and .*dataset_info.json says 7")

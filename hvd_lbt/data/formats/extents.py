@@ -23,7 +23,8 @@ class Extents:
     offsets, lengths: of the encoded bytes. A negative length: a RecordIO record in several parts,
     |length| bytes from its first header on. tokens: the labels, each an index into `names`.
     aliases: for a label the same sample's other labels (a number beside a name). labels_from: what
-    the labels were taken from. findings: what else lies in the shard.
+    the labels were taken from. unpadded: whether a tar ends right after its end marker. findings:
+    what else lies in the shard.
     """
 
     offsets: array = field(default_factory=lambda: array("q"))
@@ -32,6 +33,7 @@ class Extents:
     names: dict[int | str, int] = field(default_factory=dict)
     aliases: dict[int | str, tuple[int | str | None, ...]] = field(default_factory=dict)
     labels_from: str = ""
+    unpadded: bool = False
     findings: Findings = field(default_factory=Findings)
 
     def add(self, offset: int, length: int, label: int | str) -> None:

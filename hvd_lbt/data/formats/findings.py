@@ -54,9 +54,9 @@ NOT_USED = Reason("thing that belongs to no split", "things that belong to no sp
 MISSING = Reason(
     "shard missing by the others' names", "shards missing by the others' names", "warning"
 )
-LONG_END = Reason(
-    "tar that ends in more zeros than tar writes: its end may be erased",
-    "tars that end in more zeros than tar writes: their ends may be erased",
+ODD_END = Reason(
+    "tar with another number of zeros at its end than tar writes: a part may be lost",
+    "tars with another number of zeros at their ends than tar writes: parts may be lost",
     "warning",
 )
 NOT_LISTED = Reason(

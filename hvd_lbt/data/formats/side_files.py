@@ -1,5 +1,6 @@
 """Files that tools write beside shards: checksums, and `.idx` with the places of their records."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.terminal import printable
 
 SUMS_FILE = "sha256sums.txt"  # of `hvd_lbt data convert`, as sha256sum -c reads it
+ABOUT_FILE = "convert.json"  # of `hvd_lbt data convert`: how many samples there are
+TFDS_FILE = "dataset_info.json"  # of TensorFlow Datasets: the same for each shard
 LARGEST = 1 << 30  # bytes of an .idx file that are read
 
 
@@ -37,3 +40,34 @@ def compare_with_idx(file: Path, starts: list[int], findings: Findings) -> None:
                 NOT_LISTED, f"{file.name}: {len(starts):,} records, {len(listed):,} listed"
             )
         return
+
+
+def compare_with_counts(root: Path, split: str, count: int, findings: Findings) -> None:
+    """Compare a split's samples with what convert.json or dataset_info.json says, if one is there.
+
+    A shard that is cut off between two records shows nowhere else.
+    """
+    for folder in (root, root.parent):
+        for name, count_in in ((ABOUT_FILE, _converted), (TFDS_FILE, _of_tfds)):
+            file = folder / name
+            if not file.is_file() or file.stat().st_size > LARGEST:
+                continue
+            try:
+                expected = count_in(json.loads(file.read_bytes()), split)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # another tool's file of this name
+            if expected not in (None, count):
+                findings.errors.append(
+                    f"{printable(root)} has {count:,} samples, and {printable(file)} says "
+                    f"{expected:,}: shards are missing or damaged. If that is meant, remove {name}."
+                )
+
+
+def _converted(about: dict, split: str) -> int | None:
+    count = about["samples"].get(split)
+    return None if count is None else int(count)
+
+
+def _of_tfds(about: dict, split: str) -> int | None:
+    lengths = [its["shardLengths"] for its in about["splits"] if its["name"] == split]
+    return sum(map(int, lengths[0])) if lengths else None

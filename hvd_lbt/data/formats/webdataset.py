@@ -19,7 +19,7 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.terminal import printable
 
 BLOCK = 512
-RECORD = 20 * BLOCK  # tar fills its file up with zeros to a multiple of this
+RECORD = 20 * BLOCK  # most writers fill the file up with zeros to a multiple of this
 LONGEST_HEADER = 1 << 20  # bytes of an extended header: names
 CHUNK = 1 << 20
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -321,7 +321,10 @@ def _pax(source: Window, member: Member) -> dict[bytes, bytes]:
 
 
 def _end(source: Window, at: int, extents: Extents) -> None:
-    """Compare what follows from the first block of zeros on with an end marker: all is zero."""
+    """Compare what follows from the first block of zeros on with an end marker: all is zero.
+
+    It has two blocks, or as many more as make the file a multiple of RECORD.
+    """
     if at + 2 * BLOCK > source.size:
         raise source.error(
             f"has half of tar's end marker at byte {at:,}: it is cut off. If it is whole, add the "
@@ -338,8 +341,10 @@ def _end(source: Window, at: int, extents: Extents) -> None:
                 f"{REPACK}; tar files are joined with `tar -Af A.tar B.tar`"
             )
         place += len(data)
-    if source.size - at > RECORD + BLOCK:
-        extents.findings.add(found.LONG_END, f"{source.file.name}, {source.size - at:,} zeros")
+    zeros = source.size - at
+    extents.unpadded = source.size % RECORD != 0
+    if zeros > 2 * BLOCK and (source.size % RECORD or zeros > RECORD + BLOCK):
+        extents.findings.add(found.ODD_END, f"{source.file.name}, {zeros:,} zeros")
 
 
 def _resolved(source: Window, links: list[Member]) -> Iterator[Member]:
