@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lbt.elastic.decisions import Driver, Process, Slot
-from hvd_lbt.elastic.discovery import OLD_TARGET, TARGET, Discovery
+from hvd_lbt.elastic.discovery import MOST_SLOTS, OLD_TARGET, TARGET, Discovery
 from hvd_lbt.elastic.messages import key_of, new_secret
 from hvd_lbt.elastic.processes import address_of, start_worker
 from hvd_lbt.elastic.rendezvous import Rendezvous, Store
@@ -106,6 +107,19 @@ def _check(args: argparse.Namespace) -> None:
             f"--min-workers {args.min_workers} and --max-workers {args.max_workers}: it must be "
             "1 ≤ MIN ≤ MAX."
         )
+    if args.discover is None and args.max_workers > MOST_SLOTS:
+        raise UserError(
+            f"--max-workers {args.max_workers}: without --discover all are on this machine, which has "
+            f"at most {MOST_SLOTS:,} slots."
+        )
+    if args.discover is not None and not args.discover.strip():
+        raise UserError("--discover '': it must be a command that prints HOST:SLOTS lines.")
+    try:
+        shell = shlex.split(args.remote_shell)
+    except ValueError as error:
+        raise UserError(f"--remote-shell {args.remote_shell}: {error}.") from error
+    if not shell:
+        raise UserError("--remote-shell '': it must be a command, such as ssh.")
     if not args.patience >= 0:
         raise UserError(f"--patience {args.patience}: it must be a number of seconds ≥ 0.")
     if args.discover and not args.network_interface:

@@ -7,7 +7,6 @@ hands them on to the driver as signed messages.
 
 import asyncio
 import base64
-import binascii
 import hmac
 import http.client
 import os
@@ -27,7 +26,8 @@ REQUEST_SECONDS = 10.0  # for a whole request, however slowly its bytes come
 KEYS_OF_A_WORKER = 64  # Gloo sets 7 in a world without process sets
 # Gloo asks again after 10 ms for what is not there yet: so long the relay lets it wait.
 NOT_YET_SECONDS = 0.05
-TRIES, TRY_AGAIN_SECONDS = 3, 0.1
+# A worker tries so long to reach a driver whose port answers, but not in time: strangers may flood it.
+PATIENCE_SECONDS, TRY_AGAIN_SECONDS = 20.0, 0.1
 
 OK, BAD, UNSIGNED, MISSING, TIMEOUT, CONFLICT = 200, 400, 401, 404, 408, 409
 NO_LENGTH, TOO_LARGE, HEAD_TOO_LARGE = 411, 413, 431
@@ -208,7 +208,7 @@ class Rendezvous:
     ):
         self._verifier, self._store = Verifier(secret), store
         self._report, self._workers, self._say = report, workers, say
-        self.refused, self._told_at = 0, float("-inf")
+        self.refused, self._said_at = 0, float("-inf")
         self._server = Server(address, self._handle)
         self.port, self.close = self._server.port, self._server.close
 
@@ -229,8 +229,8 @@ class Rendezvous:
     def _note(self, error: NotAuthenticError) -> None:
         """Say that strangers speak to the driver, at most once in a minute."""
         self.refused += 1
-        if time.monotonic() > self._told_at + 60:
-            self._told_at = time.monotonic()
+        if time.monotonic() > self._said_at + 60:
+            self._said_at = time.monotonic()
             self._say(f"refused {self.refused} requests that are not of this run, such as {error}")
 
     def _answer(self, worker: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class Rendezvous:
                 value = base64.b64decode(message["value"], validate=True)
                 return {"stored": self._store.put(message["generation"], message["put"], value)}
             return self._report(worker, message)
-        except (KeyError, TypeError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RefusedError(BAD) from error
 
 
@@ -253,18 +253,18 @@ class Link:
         self.address = address
         self._signer = Signer(worker, key)
 
-    def ask(self, message: dict[str, Any], timeout: float = 30) -> dict[str, Any]:
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """The driver's answer. OSError if it is gone; NotAuthenticError if another one answers."""
-        for left in reversed(range(TRIES)):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
             try:
-                return self._ask_once(message, timeout)
-            except ConnectionRefusedError:
+                return self._ask_once(message, REQUEST_SECONDS)
+            except (ConnectionRefusedError, NotAuthenticError):
                 raise
             except (OSError, http.client.HTTPException) as error:
-                if not left:
+                if time.monotonic() > deadline:
                     raise OSError(str(error) or type(error).__name__) from error
-                time.sleep(TRY_AGAIN_SECONDS)
-        raise AssertionError
+            time.sleep(TRY_AGAIN_SECONDS)
 
     def _ask_once(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         body, signature = self._signer.request(message)

@@ -54,6 +54,8 @@ class Border:
 
     def report(self, worker: str, message: dict) -> dict:
         self.reports.append((worker, message))
+        if "connections" in message:
+            raise ValueError("too many values to unpack")  # as the driver does for nonsense
         return {"rank": 0, "generation": message["generation"]}
 
     @property
@@ -181,16 +183,15 @@ def test_a_false_driver_is_not_believed():
     with socket.create_server(("127.0.0.1", 0)) as false_driver:
 
         def answer() -> None:
-            for _ in range(rendezvous.TRIES):
-                connection, _ = false_driver.accept()
-                with connection:
-                    connection.recv(65536)
-                    body = b'{"rank": 0}'
-                    connection.sendall(
-                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body)
-                        + b"Authorization: HMAC-SHA256 %s\r\n\r\n" % (b"00" * 32)
-                        + body
-                    )
+            connection, _ = false_driver.accept()
+            with connection:
+                connection.recv(65536)
+                body = b'{"rank": 0}'
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n" % len(body)
+                    + b"Authorization: HMAC-SHA256 %s\r\n\r\n" % (b"00" * 32)
+                    + body
+                )
 
         threading.Thread(target=answer, daemon=True).start()
         link = Link(f"127.0.0.1:{false_driver.getsockname()[1]}", WORKER, new_secret())
@@ -229,7 +230,13 @@ def test_what_is_no_request_has_its_status(border, sent, status):
 
 def test_signed_nonsense_of_a_worker_is_a_bad_request(border):
     link = border.link()
-    for message in ({}, {"get": 1}, {"put": "x"}, {"put": "x", "generation": 1, "value": "%%"}):
+    for message in (
+        {},
+        {"get": 1},
+        {"put": "x"},
+        {"put": "x", "generation": 1, "value": "%%"},
+        {"connections": 1},
+    ):
         with pytest.raises(OSError, match="400"):
             link.ask(message)
 
@@ -291,6 +298,37 @@ def test_bytes_that_drip_in_are_not_waited_for_for_ever(border, monkeypatch):
                 closed = True
             time.sleep(0.02)
     assert border.link().ask({"generation": 0})["rank"] == 0
+
+
+def test_a_worker_waits_for_a_driver_whose_port_is_flooded(monkeypatch):
+    """Connections that are closed before an answer are no sign that the driver has ended."""
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 30.0)
+    border = Border()
+    with closing(border), closing(socket.create_server(("127.0.0.1", 0))) as front:
+
+        def forward() -> None:
+            for number in range(6):
+                connection, _ = front.accept()
+                if number < 5:
+                    connection.close()
+                    continue
+                with connection, socket.create_connection(("127.0.0.1", border.server.port)) as to:
+                    to.sendall(connection.recv(65536))
+                    while data := to.recv(65536):
+                        connection.sendall(data)
+
+        threading.Thread(target=forward, daemon=True).start()
+        link = Link(f"127.0.0.1:{front.getsockname()[1]}", WORKER, key_of(border.secret, WORKER))
+        assert link.ask({"generation": 0})["rank"] == 0
+
+
+def test_a_driver_that_has_ended_is_noticed_at_once(monkeypatch):
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 1e9)
+    border = Border()
+    link = border.link()
+    border.close()
+    with pytest.raises(ConnectionRefusedError):
+        link.ask({"generation": 0})
 
 
 # -- the relay in a worker -----------------------------------------------------------------------

@@ -398,6 +398,13 @@ def test_help_is_a_list_of_options_and_needs_no_torch():
             ["--max-workers", "1", "--network-interface", "no0", "train", "digits", "--out=RUN"],
             "no0: no IPv4",
         ),
+        (["--max-workers", "9999999", "train", "digits", "--out=RUN"], "at most 4,096"),
+        (["--max-workers", "1", "--discover", " ", "train", "digits", "--out=RUN"], "--discover"),
+        (["--max-workers", "1", "--remote-shell", "", "train", "d", "--out=RUN"], "--remote-shell"),
+        (
+            ["--max-workers", "1", "--remote-shell", "'", "train", "d", "--out=RUN"],
+            "--remote-shell",
+        ),
         (["--max-workers", "1", "--patience", "nan", "train", "d", "--out=RUN"], "--patience"),
         (["--max-workers", "1", "train", "digits", "--out", "/dev/null/x"], "cannot be written"),
     ],
