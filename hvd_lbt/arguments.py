@@ -4,11 +4,20 @@ from argparse import ArgumentTypeError
 from math import inf
 
 LARGEST = 10**9
+MOST_THREADS = 1024
 
 
 def count(text: str) -> int:
     """A whole number from 1 to LARGEST."""
     return _whole(text, 1)
+
+
+def threads(text: str) -> int:
+    """A number of threads or processes: from 1 to MOST_THREADS."""
+    value = _whole(text, 1)
+    if value > MOST_THREADS:
+        raise ArgumentTypeError(f"{text} is not allowed; it must be at most {MOST_THREADS}")
+    return value
 
 
 def count_or_zero(text: str) -> int:

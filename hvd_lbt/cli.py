@@ -132,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
             EXIT_USER_ERROR,
-            f"{self.prog}: {printable(message)}. `{self.prog} --help` prints the arguments.\n",
+            f"{self.prog}: {printable(message)[:1000]}. `{self.prog} --help` prints the arguments.\n",
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

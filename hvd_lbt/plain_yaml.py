@@ -37,26 +37,26 @@ SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
-def read_text(file: Path, what: str) -> str:
+def read_text(file: Path, what: str, limit: int = MAX_BYTES) -> str:
     """The text of a small UTF-8 file; `what` begins each error, such as `Recipe mine.yaml`.
 
     Raises FileNotFoundError if there is none, UserError for what is not a regular file (it is not
-    opened then: a FIFO would wait for its writer), not UTF-8, or larger than MAX_BYTES.
+    opened then: a FIFO would wait for its writer), not UTF-8, or larger than `limit` bytes.
     """
     try:
         kind = _kind(os.stat(file).st_mode)
         if kind != "file":
             raise UserError(f"{what}: it is a {kind}, and must be a regular file.")
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            data = stream.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(file) from None
     except OSError as error:
         raise UserError(f"{what}: the file cannot be read ({error.strerror}).") from error
     except ValueError as error:  # a NUL in the path
         raise UserError(f"{what}: this cannot be the path of a file ({error}).") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{what}: the file is larger than {MAX_BYTES // 1024} KiB, the limit.")
+    if len(data) > limit:
+        raise UserError(f"{what}: the file is larger than {limit // 1024} KiB, the limit.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -6,30 +6,35 @@ bytes / seconds · 2(n−1)/n, what a link between two of n ranks has to carry.
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from hvd_lbt import comm
-from hvd_lbt.bench.harness import Lines, check_equal, time_interleaved
+from hvd_lbt.arguments import positive
+from hvd_lbt.bench.harness import Lines, add_common_arguments, check_equal, time_interleaved
+from hvd_lbt.errors import UserError
 
+SMALLEST = 4096  # bytes of a message
 FORMS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench allreduce`."""
-    parser.add_argument("--largest-mb", type=float, default=64.0, help="of the messages [64]")
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.add_argument("--largest-mb", type=positive, default=64.0, help="of the messages [64]")
+    add_common_arguments(parser, repetitions=20)
 
 
 def main(args: argparse.Namespace) -> int:
     """Check the sum, then time it, for messages from 4 kB up in steps of 4."""
+    if args.largest_mb * 2**20 < SMALLEST:
+        raise UserError(
+            f"--largest-mb {args.largest_mb:g}: the smallest message is {SMALLEST / 2**20:g} MB."
+        )
     world = comm.init()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"world_size": world.size, "device": str(device), "repetitions": args.repetitions}
     lines = Lines("allreduce", settings=settings, path=args.out, speaks=world.rank == 0)
-    size = 4096
+    size = SMALLEST
     while size <= args.largest_mb * 2**20:
         for form, dtype in FORMS.items():
             name = f"{form}.{size}"

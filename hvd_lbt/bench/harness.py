@@ -1,5 +1,6 @@
 """What every benchmark shares: equality before time, interleaved timing, JSON lines."""
 
+import argparse
 import json
 import os
 import platform
@@ -12,14 +13,47 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from hvd_lbt.arguments import count
+from hvd_lbt.errors import UserError
 from hvd_lbt.metrics import revision, versions
+from hvd_lbt.recipe import ModelRecipe
 from hvd_lbt.rounding import five_digits
 
 
 def _nothing() -> None:
     pass
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, repetitions: int) -> None:
+    """The arguments of every benchmark; repetitions: the default."""
+    parser.add_argument(
+        "--repetitions", type=count, default=repetitions, help=f"of each [{repetitions}]"
+    )
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """The network whose shapes are used."""
+    parser.add_argument("--model", default="resnet50", help="whose shapes [resnet50]")
+
+
+def model_recipe(name: str) -> ModelRecipe:
+    """ImageNet's network of this name. Raises UserError for a name that is none."""
+    try:
+        return ModelRecipe(name=name, num_classes=1000, stem="imagenet")
+    except ValidationError as error:
+        reason = error.errors()[0]["ctx"]["error"]
+        raise UserError(f"--model {name}: {reason}.") from error
+
+
+def device_of(name: str) -> torch.device:
+    """cpu or cuda. Raises UserError where there is no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here.")
+    return torch.device(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +203,8 @@ class Lines:
         self._bench = bench
         self._speaks = speaks
         self._path = path
+        if path is not None and speaks:
+            _check_appendable(path)
         self._write(
             {
                 "event": "bench",
@@ -191,9 +227,21 @@ class Lines:
         line = json.dumps(five_digits(record, exact=("time",)), default=str)
         _put(sys.stdout, line)
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 _put(file, line)
+
+
+def _check_appendable(path: Path) -> None:
+    """Make the folder of `path`; UserError unless lines can be added to it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {path}: it is not a regular file; give another name.")
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: it cannot be written to ({error.strerror}). Give another file."
+        ) from error
 
 
 def _put(file: TextIO, line: str) -> None:

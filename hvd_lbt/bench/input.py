@@ -29,7 +29,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hvd_lbt.bench.harness import Lines, Subject, speedup, time_interleaved
+from hvd_lbt import arguments
+from hvd_lbt.bench.harness import (
+    Lines,
+    Subject,
+    add_common_arguments,
+    device_of,
+    speedup,
+    time_interleaved,
+)
 from hvd_lbt.bench.native import SHUFFLED, native_batches, native_decoding
 from hvd_lbt.data.convert import ENDINGS, convert
 from hvd_lbt.data.index import TICK
@@ -49,18 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="imagenet_resnet50", help="[imagenet_resnet50]")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="DALI's threads, DataLoader's workers [cores]")
-    parser.add_argument("--micro-batch", type=int, help="[the recipe's]")
-    parser.add_argument("--batches", type=int, default=25, help="micro-batches timed at once [25]")
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
-        "--index-entries", type=int, default=1_281_167, help="0: no such measurement"
+        "--threads", type=arguments.threads, help="DALI's threads, DataLoader's workers [cores]"
     )
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.add_argument("--micro-batch", type=arguments.count, help="[the recipe's]")
+    parser.add_argument(
+        "--batches", type=arguments.count, default=25, help="micro-batches timed at once [25]"
+    )
+    parser.add_argument(
+        "--index-entries",
+        type=arguments.count_or_zero,
+        default=1_281_167,
+        help="0: no such measurement",
+    )
+    add_common_arguments(parser, repetitions=5)
 
 
 def main(args: argparse.Namespace) -> int:
     """Compare the pixels, then time; then index many entries."""
+    device = device_of(args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
     recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
     args.threads, args.micro_batch = threads, args.micro_batch or recipe.layout.micro_batch
@@ -73,7 +88,6 @@ def main(args: argparse.Namespace) -> int:
         for form in ENDINGS:
             convert(data, Path(scratch, form), form=form, samples_per_shard=500, jobs=threads)
             stores[form] = open_train_split(Path(scratch, form))
-        device = torch.device(args.device)
         _check_pixels(stores, recipe.data, args.micro_batch, device, lines)
         _decode_alone(stores["folder"], lines)
         stores["folder"] = open_train_split(_under_many_names(data, Path(scratch, "names")))
@@ -309,7 +323,7 @@ def reference_evaluation(encoded: bytes, *, resize: int, size: int) -> Tensor:
 
 
 def _many_entries(data: Path, kind: str, entries: int) -> int:
-    """DATA/train with so many empty images, in ImageNet's layout or as shards of 1,000."""
+    """DATA/train with so many files, empty in ImageNet's layout, one pixel in shards of 1,000."""
     each = -(-entries // CLASSES)
     if kind == "folder":
         for label in range(CLASSES):
@@ -318,16 +332,23 @@ def _many_entries(data: Path, kind: str, entries: int) -> int:
             for number in range(min(each, entries - label * each)):
                 os.close(os.open(folder / f"n{label:08}_{number}.JPEG", os.O_CREAT))
         return entries
+    image = _smallest_image()
     for number in range(CLASSES):
         file = data / "few/train/x" / f"{number:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        file.write_bytes(image)
     convert(data / "few", data / "one", form=kind, samples_per_shard=CLASSES)
     (shard,) = (data / "one/train").glob(f"*.{ENDINGS[kind]}")
     (data / "train").mkdir()
     for number in range(each):  # one shard under many names
         os.link(shard, data / "train" / f"{number:05}.{ENDINGS[kind]}")
     return each * CLASSES
+
+
+def _smallest_image() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _index_cost(data: Path) -> dict[str, float]:

@@ -12,7 +12,6 @@ tells how much of the communication it hides.
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,11 +22,22 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_lbt import comm
-from hvd_lbt.bench.harness import Lines, Times, check_equal, speedup, time_interleaved
+from hvd_lbt.arguments import count, positive
+from hvd_lbt.bench.harness import (
+    Lines,
+    Times,
+    add_common_arguments,
+    add_model_argument,
+    check_equal,
+    model_recipe,
+    speedup,
+    time_interleaved,
+)
+from hvd_lbt.errors import UserError
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.models import build_model
 from hvd_lbt.optim import FusedSGD
-from hvd_lbt.recipe import load_recipe
+from hvd_lbt.recipe import ModelRecipe
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.world import World
 
@@ -38,13 +48,13 @@ TOLERANCE = 2 * 2.0**-11
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench step`."""
-    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4], metavar="N")
-    parser.add_argument("--bucket-mb", type=float, default=25.0)
+    parser.add_argument("--accumulate", type=count, nargs="+", default=[1, 4], metavar="N")
+    parser.add_argument("--bucket-mb", type=positive, default=25.0)
     parser.add_argument("--hidden", action="store_true", help="what a real backward hides")
-    parser.add_argument("--pixels", type=int, default=64, help="with --hidden: image side [64]")
-    parser.add_argument("--images", type=int, default=2, help="with --hidden: on each rank [2]")
-    parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.add_argument("--pixels", type=count, default=64, help="with --hidden: image side [64]")
+    parser.add_argument("--images", type=count, default=2, help="with --hidden: on each rank [2]")
+    add_model_argument(parser)
+    add_common_arguments(parser, repetitions=30)
 
 
 class _Given(torch.autograd.Function):
@@ -76,12 +86,18 @@ class _GivenModel(nn.Module):
 
 def main(args: argparse.Namespace) -> int:
     """Check that all give the same weights, then time them side by side."""
+    recipe = model_recipe(args.model)
+    if args.hidden and (args.pixels < 32 or args.images < 2):
+        raise UserError(
+            f"--pixels {args.pixels} and --images {args.images}: batch norm needs at least 2 images "
+            "of 32 pixels."
+        )
     world = comm.init()
     device = local_device(world)
     lines = Lines(
         "step",
         settings={
-            "network": "resnet50",
+            "network": args.model,
             "world_size": world.size,
             "device": device.type,
             "repetitions": args.repetitions,
@@ -91,11 +107,11 @@ def main(args: argparse.Namespace) -> int:
         speaks=world.rank == 0,
     )
     if args.hidden:
-        _measure_hidden(args, world, device, lines)
+        _measure_hidden(args, recipe, world, device, lines)
     else:
         _join_process_group(world)
         for accumulate in args.accumulate:
-            _measure(accumulate, args, world, device, lines)
+            _measure(accumulate, args, recipe, world, device, lines)
         distributed.destroy_process_group()
     comm.shutdown()
     return 0
@@ -114,13 +130,12 @@ def _join_process_group(world: World) -> None:
     distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
 
 
-def _models(count: int, device: torch.device) -> list[nn.Module]:
-    """The same ResNet-50 so many times."""
-    recipe = load_recipe("imagenet_resnet50")
+def _models(recipe: ModelRecipe, copies: int, device: torch.device) -> list[nn.Module]:
+    """The same network so many times."""
     models = []
-    for _ in range(count):
+    for _ in range(copies):
         torch.manual_seed(0)
-        models.append(build_model(recipe.model, 1000, recipe.layout.ghost_batch).to(device))
+        models.append(build_model(recipe, 1000, 32).to(device))
     return models
 
 
@@ -134,10 +149,15 @@ def _synchronizer(device: torch.device) -> Callable[[], None]:
 
 
 def _measure(
-    accumulate: int, args: argparse.Namespace, world: World, device: torch.device, lines: Lines
+    accumulate: int,
+    args: argparse.Namespace,
+    recipe: ModelRecipe,
+    world: World,
+    device: torch.device,
+    lines: Lines,
 ) -> None:
     hvd = comm.horovod()
-    mine, horovods, ddps, alone = _models(4, device)
+    mine, horovods, ddps, alone = _models(recipe, 4, device)
     torch.manual_seed(world.rank)
     parts = world.size * accumulate
     gradients = [torch.randn_like(p) / 100 / parts for p in mine.parameters()]
@@ -231,7 +251,11 @@ def _without(times: Times, part: Times) -> Times:
 
 
 def _measure_hidden(
-    args: argparse.Namespace, world: World, device: torch.device, lines: Lines
+    args: argparse.Namespace,
+    recipe: ModelRecipe,
+    world: World,
+    device: torch.device,
+    lines: Lines,
 ) -> None:
     """An update with a real backward: sent during it, sent after it, and not sent at all."""
     ways: dict[str, dict[str, Any]] = {
@@ -244,7 +268,7 @@ def _measure_hidden(
             "synchronize": lambda handle: handle,
         },
     }
-    models = dict(zip(ways, _models(len(ways), device), strict=True))
+    models = dict(zip(ways, _models(recipe, len(ways), device), strict=True))
     torch.manual_seed(world.rank)
     images = torch.randn(args.images, 3, args.pixels, args.pixels, device=device)
     labels = torch.randint(0, 1000, (args.images,), device=device)

@@ -10,14 +10,21 @@ compiled, both are.
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hvd_lbt import comm
-from hvd_lbt.bench.harness import Lines, check_equal, speedup, time_interleaved
+from hvd_lbt.arguments import count
+from hvd_lbt.bench.harness import (
+    Lines,
+    add_common_arguments,
+    check_equal,
+    speedup,
+    time_interleaved,
+)
+from hvd_lbt.errors import UserError
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.hyperparameters import make_optimizer
 from hvd_lbt.models import build_model, compiled
@@ -68,14 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench train`."""
     parser.add_argument("--recipe", default="cifar10_small", help="whose network [cifar10_small]")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 512], metavar="B")
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    parser.add_argument("--batches", type=count, nargs="+", default=[128, 512], metavar="B")
+    add_common_arguments(parser, repetitions=10)
 
 
 def main(args: argparse.Namespace) -> int:
     """Check that both loops give the same weights, then time one update of each global batch."""
+    load_recipe(args.recipe, args.settings)  # an error of it comes before anything starts
     world = comm.init()
+    if min(args.batches) < 2 * world.size:
+        raise UserError(
+            f"--batches {min(args.batches)}: each of {world.size} ranks needs at least 2 samples."
+        )
     device = local_device(world)
     one_rank = ["wire.form=fp32"] if world.size == 1 else []
     recipe = load_recipe(args.recipe, [*one_rank, *args.settings])

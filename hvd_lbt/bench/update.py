@@ -9,18 +9,26 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hvd_lbt import ops
-from hvd_lbt.bench.harness import Lines, Times, check_equal, speedup, time_interleaved
+from hvd_lbt import arguments, ops
+from hvd_lbt.bench.harness import (
+    Lines,
+    Times,
+    add_common_arguments,
+    add_model_argument,
+    check_equal,
+    device_of,
+    model_recipe,
+    speedup,
+    time_interleaved,
+)
 from hvd_lbt.errors import UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.optim import FusedSGD, StepGradients
-from hvd_lbt.recipe import ModelRecipe
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-5}
 SCALE = 1024.0
@@ -271,25 +279,21 @@ def _measure(case: Case, net: Net, args: argparse.Namespace, lines: Lines, threa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `hvd_lbt bench update`."""
-    parser.add_argument("--model", default="resnet50", help="whose shapes (default: resnet50)")
+    add_model_argument(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (default: 1 2)"
+        "--threads", type=arguments.threads, nargs="+", default=[1, 2], help="CPU threads [1 2]"
     )
-    parser.add_argument("--repetitions", type=int, default=60, help="of each (default: 60)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="also append the JSON lines to this file")
+    add_common_arguments(parser, repetitions=60)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run all cases; 0 if every one was equal to its peers."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here.")
-    if args.repetitions < 1 or min(args.threads) < 1:
-        raise UserError("--repetitions and --threads must be at least 1.")
-    recipe = ModelRecipe(name=args.model, num_classes=1000, stem="imagenet")
+    device = device_of(args.device)
+    recipe = model_recipe(args.model)
     shapes = [param.shape for param in build_model(recipe, 1000, 32).parameters()]
-    net = Net(shapes, torch.device(args.device))
+    net = Net(shapes, device)
     settings = {
         "model": args.model,
         "tensors": len(shapes),
@@ -299,14 +303,17 @@ def main(args: argparse.Namespace) -> int:
         **SETTINGS,
     }
     lines = Lines("update", settings=settings, path=args.out)
-    before = torch.get_num_threads()
+    before, measured = torch.get_num_threads(), 0
     try:
         for threads in args.threads if args.device == "cpu" else [before]:
             torch.set_num_threads(threads)
             for cases in (_update_cases(net), _wire_cases(net)):
                 for case in cases:
                     if args.only in case.name:
+                        measured += 1
                         _measure(case, net, args, lines, threads)
     finally:
         torch.set_num_threads(before)
+    if not measured:
+        raise UserError(f"--only {args.only}: there is no case whose name contains this.")
     return 0

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hvd_lbt.arguments import threads
 from hvd_lbt.data.formats import (
     SUMS_FILE,
     Findings,
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt data check`."""
     parser.add_argument("data", type=Path, help="a data set in any format")
     parser.add_argument("--classes", type=Path, help="one class name a line [DATA/classes.txt]")
-    parser.add_argument("--readers", type=int, default=8, help="threads that read [8]")
-    parser.add_argument("--threads", type=int, help="threads that decode [the cores]")
+    parser.add_argument("--readers", type=threads, default=8, help="threads that read [8]")
+    parser.add_argument("--threads", type=threads, help="threads that decode [the cores]")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import Progress
 
+from hvd_lbt.arguments import count, threads
 from hvd_lbt.data.formats import (
     SCANS,
     SUFFIXES,
@@ -45,19 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=sorted(ENDINGS), default="webdataset")
     parser.add_argument(
         "--samples-per-shard",
-        type=int,
+        type=count,
         default=2000,
         metavar="N",
         help="[2000: 220 MB of ImageNet]",
     )
     parser.add_argument("--classes", type=Path, help="one class name a line [DATA/classes.txt]")
-    parser.add_argument("--jobs", type=int, help="shards written at once [the cores]")
+    parser.add_argument("--jobs", type=threads, help="shards written at once [the cores]")
 
 
 def main(args: argparse.Namespace) -> int:
     """Convert all splits and say where they are."""
-    if min(args.samples_per_shard, args.jobs or 1) < 1:
-        raise UserError("--samples-per-shard and --jobs must be at least 1.")
     convert(
         args.data,
         args.out,

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from hvd_lbt.errors import UserError
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
 from hvd_lbt.metrics import revision, versions
+from hvd_lbt.plain_yaml import read_text
 from hvd_lbt.report.pictures import FONTS
 from hvd_lbt.report.runs import COLOURS
 from hvd_lbt.rounding import five_digits
@@ -44,6 +45,8 @@ SETTINGS = {
     "lambdas": list(LAMBDAS),
     "splits": {"drawn pair": DRAWN_SPLITS, "every other pair": OTHER_SPLITS},
 }
+
+MAX_BYTES = 16 * 2**20  # of the file with the numbers
 
 
 def study(out: Path) -> str:
@@ -66,7 +69,7 @@ def _settings_in(file: Path) -> Any:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+        return json.loads(read_text(file, str(file), MAX_BYTES))["settings"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} does not hold the numbers of this study ({type(error).__name__}: "

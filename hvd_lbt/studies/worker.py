@@ -12,11 +12,14 @@ from typing import Any
 
 from hvd_lbt import comm
 from hvd_lbt.errors import UserError
+from hvd_lbt.plain_yaml import read_text
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.report.runs import read_run
 from hvd_lbt.run_lock import own_run
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.train import train
+
+MAX_BYTES = 16 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 def _tasks(file: Path) -> list[dict[str, Any]]:
     """The trainings of a list that `hvd_lbt study` wrote. Raises UserError for any other file."""
     try:
-        tasks = json.loads(file.read_text(encoding="utf-8"))
+        tasks = json.loads(read_text(file, str(file), MAX_BYTES))
         for task in tasks:
             strings = (task["recipe"], task["data"], task["out"], *task["overrides"])
             if not all(isinstance(value, str) for value in strings):
