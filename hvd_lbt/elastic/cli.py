@@ -109,8 +109,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.discover is None and args.max_workers > MOST_SLOTS:
         raise UserError(
-            f"--max-workers {args.max_workers}: without --discover all are on this machine, which has "
-            f"at most {MOST_SLOTS:,} slots."
+            f"--max-workers {args.max_workers}: without --discover all are on this machine, "
+            f"which has at most {MOST_SLOTS:,} slots."
         )
     if args.discover is not None and not args.discover.strip():
         raise UserError("--discover '': it must be a command that prints HOST:SLOTS lines.")
@@ -195,7 +195,7 @@ class _Training:
             time.sleep(DISCOVERY_SECONDS)
 
     def _asked_to_stop(self, number: int, frame: Any) -> None:
-        """One request to stop may come as several signals within 2 s; a later one ends all at once."""
+        """Signals within 2 s of the first are one request to stop; a later one ends all at once."""
         now = time.monotonic()
         if self._stop_asked_at is None:
             self._stop_asked_at = now

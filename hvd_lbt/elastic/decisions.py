@@ -1,4 +1,4 @@
-"""Who is started, who is in the world, and when it changes: the driver's decisions, and nothing else.
+"""The driver's decisions: who is started, who is in the world, and when it changes.
 
 Horovod's own elastic driver is not used: docs/elastic.md gives the reasons. The rules here are:
 
@@ -85,8 +85,8 @@ def world_of(workers: Sequence[Worker]) -> list[dict[str, int]]:
 def strangers_in(meshes: Iterable[Mesh]) -> list[str]:
     """The addresses that workers are connected to and that no worker has reported as its own.
 
-    Gloo takes whoever connects first for the rank it expects. A connection between two workers is in
-    the reports of both, with the addresses exchanged; one to anybody else is in one report only.
+    Gloo takes whoever connects first for the rank it expects. A connection between two workers is
+    in the reports of both, with the addresses exchanged; one to anybody else is in one report only.
     """
     reported = set[tuple[str, str]]().union(*meshes)
     return sorted(other for own, other in reported if (other, own) not in reported)
@@ -95,8 +95,8 @@ def strangers_in(meshes: Iterable[Mesh]) -> list[str]:
 class Driver:
     """Decides who is started, who is in the world, and when it changes. Call `tick` periodically.
 
-    start(slot, name) starts a worker; serve(generation, answers, workers) begins the rendezvous of a
-    world; say(text, **facts) reports what happened. `slots` is set from outside, by discovery.
+    start(slot, name) starts a worker; serve(generation, answers, workers) begins the rendezvous of
+    a world; say(text, **facts) reports what happened. `slots` is set from outside, by discovery.
     finished is the exit code, once it is known.
     """
 
@@ -130,7 +130,7 @@ class Driver:
         self._short_since: float | None = None
         self._ended_at: float | None = None
 
-    # -- what workers report -------------------------------------------------------------------------
+    # -- what workers report --------------------------------------------------------------------
 
     def report(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
         """Answer a worker: its place or "wait" if it asks for one, else what is wanted of it."""
@@ -159,7 +159,7 @@ class Driver:
     def _check_mesh(
         self, worker: Worker, generation: int, connections: Sequence[Sequence[str]]
     ) -> dict[str, Any]:
-        """Whether all connections of the present world are between its members, once all have said."""
+        """Whether all connections of this world are between its members, once all have reported."""
         if generation != self._generation or self._broken:
             return {"lost": True}
         worker.mesh = {(str(own), str(other)) for own, other in connections}
@@ -171,8 +171,8 @@ class Driver:
         if not strangers:
             return {"checked": True}
         self._say(
-            f"world {generation} is dissolved: {', '.join(strangers[:5])} connected to a worker and "
-            "is none of this run"
+            f"world {generation} is dissolved: {', '.join(strangers[:5])} connected to a worker "
+            "and is none of this run"
         )
         self._count_loss(1, self._clock())
         return {"lost": True}
@@ -194,7 +194,7 @@ class Driver:
         for member in self._members():
             self._failures[member.slot[0]] = 0
 
-    # -- what happens by itself ---------------------------------------------------------------------
+    # -- what happens by itself -----------------------------------------------------------------
 
     def tick(self) -> None:
         """Look at everything once, and do what is due."""
@@ -272,7 +272,7 @@ class Driver:
         self._not_before[host] = now + pause
 
     def _count_loss(self, code: int, now: float) -> None:
-        """The present world is over; the run too, with this exit code, if that happens repeatedly."""
+        """The present world is over; after some in a row the run is too, with this exit code."""
         self._losses += not self._broken
         self._broken = True
         if self._lost_at is None:
@@ -311,7 +311,7 @@ class Driver:
                     self._count_failure(slot[0], now)
 
     def _form(self, wanted: Sequence[Slot], now: float) -> None:
-        """Ask the world to come together if it should change; if nobody trains, make the next one."""
+        """Ask the world to meet if it should change; if nobody trains, make the next one."""
         members = self._members()
         newcomers = [
             w for w in self.workers.values() if w.waits and not w.assignment and w.leaving is None
@@ -326,7 +326,8 @@ class Driver:
             return
         # Nobody trains: at the start, after a loss, or because the world is to change.
         staying = [member for member in members if member.slot in wanted]
-        # State must not be lost where all hosts are exchanged at once: the old hand it over, then go.
+        # State must not be lost where all hosts are exchanged at once: the old hand it over, then
+        # go.
         chosen = (staying or members) + [w for w in newcomers if w.slot in wanted]
         if self.stop and not members:
             self.finished, self._ended_at = EXIT_STOPPED, now

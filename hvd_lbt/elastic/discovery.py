@@ -1,4 +1,4 @@
-"""Which hosts offer slots: the user's command, asked every second, and how many workers a stage wants.
+"""Which hosts offer slots, by the user's command, and how many workers a stage wants.
 
 Every answer that cannot be used (an exit code, a hang, bytes that are no text, a line that is no
 HOST:SLOTS) is one bad answer: it is reported once, the last good one counts, and the command runs
@@ -40,8 +40,9 @@ def check_host(name: str) -> str:
             return str(ipaddress.ip_address(name))
     if len(name) > 253 or not _NAME.fullmatch(name):
         raise UserError(
-            f"{name[:80]!r} is no host: a name has letters, digits, '-', '_' and '.', and begins and "
-            "ends with a letter or digit; or it is an IPv4 address, or an IPv6 address in brackets."
+            f"{name[:80]!r} is no host: a name has letters, digits, '-', '_' and '.', and begins "
+            "and ends with a letter or digit; or it is an IPv4 address, or an IPv6 address in "
+            "brackets."
         )
     return name
 
@@ -64,7 +65,8 @@ def find_slots(lines: Iterable[str]) -> list[Slot]:
         total += count
         if counts[host] > MOST_SLOTS or total > MOST_WORKERS:
             raise UserError(
-                f"{line[:80]!r}: a host has at most {MOST_SLOTS:,} slots, all together {MOST_WORKERS:,}."
+                f"{line[:80]!r}: a host has at most {MOST_SLOTS:,} slots, "
+                f"all together {MOST_WORKERS:,}."
             )
     return [(host, number) for host, count in counts.items() for number in range(count)]
 

@@ -1,8 +1,8 @@
 """Requests and answers between a worker and its driver, signed with HMAC-SHA256.
 
 The driver draws a secret for each run and derives a key for each worker from it. A request carries
-the worker's name and a number that is used once; its answer is signed together with the request's own
-signature, so neither can be replayed, answered by another process, or sent back to its sender.
+the worker's name and a number that is used once; its answer is signed together with the request's
+own signature, so neither can be replayed, answered by another process, or sent back to its sender.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class Signer:
 
 
 class Verifier:
-    """The driver's side: checks each request, and signs the answer. Not for more than one thread."""
+    """The driver's side: checks each request, and signs the answer. For one thread only."""
 
     def __init__(self, secret: bytes):
         self._secret = secret

@@ -1,4 +1,4 @@
-"""Starting workers: here, or on another host through a remote shell; and what hands their output on.
+"""Starting workers here and, by a remote shell, on other hosts; and printing their output.
 
 A worker's own environment (its key among it) never stands on a command line: here it is the
 environment of the process, elsewhere it goes through the remote shell's standard input.
@@ -106,8 +106,9 @@ def start_worker(
 ) -> Started:
     """Start `program` on a slot's host.
 
-    own: what this worker's environment has beside the driver's. keep: file descriptors that a worker
-    here inherits, and that a remote shell keeps open: the run has an owner while one of them lives.
+    own: what this worker's environment has beside the driver's. keep: file descriptors that a
+    worker here inherits, and that a remote shell keeps open: the run has an owner while one of them
+    lives.
     """
     host, number = slot
     where = f"{host}:{number}"

@@ -1,4 +1,4 @@
-"""Where workers meet: the driver's signed server, and the relay between it and Horovod's own client.
+"""Where workers meet: the driver's server, and the relay from Horovod's own client to it.
 
 Horovod's Gloo asks for its peers' addresses by plain HTTP, which it cannot sign. In each worker a
 relay on 127.0.0.1 takes these requests, under a path that only Horovod in this process knows, and
@@ -26,7 +26,8 @@ REQUEST_SECONDS = 10.0  # for a whole request, however slowly its bytes come
 KEYS_OF_A_WORKER = 64  # Gloo sets 7 in a world without process sets
 # Gloo asks again after 10 ms for what is not there yet: so long the relay lets it wait.
 NOT_YET_SECONDS = 0.05
-# A worker tries so long to reach a driver whose port answers, but not in time: strangers may flood it.
+# A worker tries so long to reach a driver whose port answers, but not in time: strangers may flood
+# it.
 PATIENCE_SECONDS, TRY_AGAIN_SECONDS = 20.0, 0.1
 
 OK, BAD, UNSIGNED, MISSING, TIMEOUT, CONFLICT = 200, 400, 401, 404, 408, 409

@@ -1,9 +1,9 @@
 """A worker's part in a world that changes: a resume from memory.
 
-The global batches, learning rates and samples do not depend on the number of workers, so a change of
-the world needs no more than what `--resume` needs: the state after some update. Each worker keeps a
-copy of it. When a worker is lost, or the driver (cli.py) wants another world, the workers that are
-there meet, take the newest copy, and enter `train` again.
+The global batches, learning rates and samples do not depend on the number of workers, so a change
+of the world needs no more than what `--resume` needs: the state after some update. Each worker
+keeps a copy of it. When a worker is lost, or the driver (cli.py) wants another world, the workers
+that are there meet, take the newest copy, and enter `train` again.
 """
 
 import os
@@ -107,8 +107,8 @@ class Membership:
                 answer = self._link.ask(message)
             except OSError as error:
                 raise SystemExit(
-                    f"hvd_lbt: `hvd_lbt elastic` at {self._link.address} is gone ({error}). Start it "
-                    "again with --resume."
+                    f"hvd_lbt: `hvd_lbt elastic` at {self._link.address} is gone ({error}). Start "
+                    "it again with --resume."
                 ) from error
             if "wait" not in answer:
                 return answer
@@ -117,7 +117,8 @@ class Membership:
     def begin(self, stage: Stage, at_end: Callable[[], None], stop: StopRequest) -> None:
         """Training begins, in this stage.
 
-        at_end: closes what it opened, if the world ends first. stop: listens to signals from now on.
+        at_end: closes what it opened, if the world ends first. stop: listens to signals from now
+        on.
         """
         self._at_end, self._stop = at_end, stop
         if self._stop_asked:
@@ -177,8 +178,8 @@ class Membership:
                 os.replace(scratch, self._out / name)
         except OSError as error:
             print(
-                f"{self._out / TARGET} cannot be written ({error}): the number of workers stays as it "
-                "is.",
+                f"{self._out / TARGET} cannot be written ({error}): the number of workers stays "
+                "as it is.",
                 flush=True,
             )
         self._target = target
@@ -186,8 +187,8 @@ class Membership:
     def save_again(self, error: UserError, seconds: float = SAVE_AGAIN_FOR) -> int:
         """A checkpoint could not be written: try until it can, then end; the exit code.
 
-        Rank 0 writes its newest committed state, the others wait. Raises `error` if there is none, or
-        if it still fails after `seconds`, or at a signal.
+        Rank 0 writes its newest committed state, the others wait. Raises `error` if there is none,
+        or if it still fails after `seconds`, or at a signal.
         """
         outcome = self._save_until(time.monotonic() + seconds, error) if self._rank == 0 else ""
         outcome = comm.broadcast_object(outcome)
@@ -203,8 +204,8 @@ class Membership:
         self._listen()
         update = self._committed["update"]
         print(
-            f"{error} The state after {update} updates is kept in memory: free space, and it is saved. "
-            f"It is tried every {SAVE_AGAIN_SECONDS:g} s.",
+            f"{error} The state after {update} updates is kept in memory: free space, and it is "
+            f"saved. It is tried every {SAVE_AGAIN_SECONDS:g} s.",
             flush=True,
         )
         alone = World(rank=0, size=1, local_rank=0, local_size=1)
@@ -270,8 +271,8 @@ def is_launched() -> bool:
     """Whether `hvd_lbt elastic` started this process. UserError under another elastic launcher."""
     if os.environ.get("HOROVOD_ELASTIC") == "1" and ADDRESS not in os.environ:
         raise UserError(
-            "horovodrun's own elastic driver is not supported (docs/elastic.md gives the reasons). Use "
-            "`launch/elastic MIN MAX train …`."
+            "horovodrun's own elastic driver is not supported (docs/elastic.md gives the reasons). "
+            "Use `launch/elastic MIN MAX train …`."
         )
     return ADDRESS in os.environ
 

@@ -1,6 +1,7 @@
 """Workers that are killed, added and taken away: the same training, no sample lost or used twice.
 
-The kills are at random moments. HVD_LBT_TEST_KILLS=20 makes a campaign of them; the seed is printed.
+The kills are at random moments. HVD_LBT_TEST_KILLS=20 makes a campaign of them; the seed is
+printed.
 """
 
 import json

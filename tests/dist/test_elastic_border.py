@@ -1,4 +1,4 @@
-"""An elastic run among strangers: another user at every port, then a stop that hits all processes."""
+"""An elastic run among strangers: another user at every port; a stop of all processes."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from test_train import EXACT, events, last_state
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can run another user's program")
 
-# As the user `nobody`: to every port that listens on this machine, requests that took a worker's place
-# and bytes that are none, again and again; connections are kept open, as one that Gloo waits for.
+# As the user `nobody`: to every port that listens on this machine, requests that took a worker's
+# place and bytes that are none, again and again; connections are kept open, as one that Gloo waits
+# for.
 ATTACK = """
 import http.client, json, os, socket, sys, time
 import encodings.idna
@@ -68,7 +69,7 @@ def run(tmp_path):
 
 
 def ports_of(driver: int) -> list[int]:
-    """The rendezvous and the relays: what listens in the driver and its workers for the whole run."""
+    """The rendezvous and the relays: what listens for the whole run."""
     processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
     return sorted(
         connection.laddr.port

@@ -1,4 +1,4 @@
-"""Two nodes that reach each other by ssh only: network and host names of their own, as two machines have."""
+"""Two nodes that reach each other by ssh only, with network and host names of their own."""
 
 import os
 import shutil
@@ -29,7 +29,8 @@ exec "$@"
 """
 FILES = {
     "hosts": "127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n",
-    "ssh_config": "IdentityFile {folder}/key\nUserKnownHostsFile {folder}/known_hosts\nLogLevel ERROR\n",
+    "ssh_config": "IdentityFile {folder}/key\nUserKnownHostsFile {folder}/known_hosts\n"
+    "LogLevel ERROR\n",
     "sshd_config": "Port 2222\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/key.pub\n"
     "StrictModes no\nPasswordAuthentication no\nPidFile none\n",
 }
@@ -39,7 +40,7 @@ def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
     """Run a command on node1, from where node2 is reached by ssh."""
     missing = [name for name in (SSHD, "ip", "ssh-keygen", "unshare") if not shutil.which(name)]
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (apt-get install openssh-server iproute2)")
+        pytest.skip(f"not installed: {', '.join(missing)} (apt-get install …)")
     if os.geteuid() != 0:
         pytest.skip("networks and host names are made by root only, as in a container")
     for name, text in FILES.items():
@@ -50,7 +51,8 @@ def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
     # horovodrun remembers for an hour that a host was reached, and then does not make it known
     host_key = (folder / "host_key.pub").read_text()
     (folder / "known_hosts").write_text(f"[node2]:2222 {host_key}")
-    apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
+    apart += ["--mount-proc"]
     process = subprocess.Popen(
         [*apart, "bash", "-c", SCRIPT.replace("{sshd}", SSHD), "bash", folder, *launch],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
@@ -80,7 +82,10 @@ def test_an_elastic_worker_on_another_node_gets_its_key_by_ssh(tmp_path):
     """Both workers' connections are reported over the network; the key is on no command line."""
     out = tmp_path / "run"
     shell = tmp_path / "shell"
-    shell.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{tmp_path}/words\nexec ssh -p 2222 "$@"\n')
+    words = tmp_path / "words"
+    shell.write_text(
+        f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{words}\nexec ssh -p 2222 "$@"\n'
+    )
     shell.chmod(0o755)
     launch = [ROOT / "launch/elastic", "2", "2", "--network-interface", "net0"]
     launch += ["--discover", "echo node1:1; echo node2:1", "--remote-shell", str(shell)]
@@ -89,7 +94,7 @@ def test_an_elastic_worker_on_another_node_gets_its_key_by_ssh(tmp_path):
     assert ended.output.count("2 workers · 1,437 training images") == 1
     assert "dissolved" not in ended.output
     assert last_state(out)["update"] == events(out, "run")[0]["plan"]["updates"]
-    host, program = (tmp_path / "words").read_text().splitlines()
+    host, program = words.read_text().splitlines()
     assert host == "node2"
     assert program.startswith("exec ")
     assert program.endswith("/hvd_lbt/elastic/begin.py")  # and nothing else

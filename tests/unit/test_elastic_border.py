@@ -1,6 +1,7 @@
-"""Who may speak to an elastic driver: this run's workers only, within limits, whoever else connects.
+"""Who may speak to an elastic driver: this run's workers only, whoever else connects.
 
-The strangers are real connections over loopback; one of them is another user, where root runs the tests.
+The strangers are real connections over loopback; one of them is another user, where root runs the
+tests.
 """
 
 import base64

@@ -431,7 +431,8 @@ import os, signal, sys, time
 from types import SimpleNamespace
 from hvd_lbt.elastic import cli
 one = object.__new__(cli._Training)
-one._stop_asked_at, one._driver = None, SimpleNamespace(stop=False, kill=lambda: print("killed", flush=True))
+one._stop_asked_at = None
+one._driver = SimpleNamespace(stop=False, kill=lambda: print("killed", flush=True))
 now = [0.0]
 cli.time = SimpleNamespace(monotonic=lambda: now[0])
 for number in cli.SIGNALS:
