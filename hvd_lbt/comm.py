@@ -11,10 +11,12 @@ this process ends with EXIT_STALLED instead of waiting for ever.
 
 import atexit
 import ctypes
+import errno
 import io
 import math
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -310,7 +312,7 @@ def disconnect() -> None:
     for them until its timeout. Disconnected, a collective raises WorkerLostError at once.
     """
     for number, own, other in _opened:
-        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+        with suppress(OSError), _socket(number) as connection:
             if _ends(connection) == (own, other):  # else the number is another file's by now
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -318,9 +320,16 @@ def disconnect() -> None:
 def _connected(numbers: Iterable[int]) -> Iterator[tuple[int, str, str]]:
     """Those of these file descriptors that are TCP connections, with their ends."""
     for number in numbers:
-        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+        with suppress(OSError), _socket(number) as connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6):
                 yield number, *_ends(connection)
+
+
+def _socket(number: int) -> socket.socket:
+    """A socket object of its own for a file descriptor. OSError if that is no socket."""
+    if not stat.S_ISSOCK(os.fstat(number).st_mode):
+        raise OSError(errno.ENOTSOCK, "no socket")
+    return socket.socket(fileno=os.dup(number))
 
 
 def _ends(connection: socket.socket) -> tuple[str, str]:

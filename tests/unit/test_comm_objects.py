@@ -4,7 +4,9 @@ import ast
 import io
 import os
 import pickle
+import socket
 from collections import OrderedDict
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -83,3 +85,36 @@ def test_nothing_in_the_package_calls_horovods_pickling_functions():
                 objects = node.attr in ("broadcast_object", "allgather_object")
                 assert not (called_on_horovod and objects), f"{file}:{node.lineno}"
                 assert node.attr not in forbidden, f"{file}:{node.lineno}"
+
+
+def test_only_connections_of_this_world_are_reported_and_ended(monkeypatch):
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0))))
+        ends = [
+            stack.enter_context(closing(socket.create_connection(server.getsockname())))
+            for _ in range(2)
+        ]
+        accepted = [stack.enter_context(closing(server.accept()[0])) for _ in range(2)]
+        read, write = os.pipe()
+        local, _ = (stack.enter_context(closing(one)) for one in socket.socketpair())
+        numbers = [server.fileno(), read, write, local.fileno(), 10**6]
+        numbers += [one.fileno() for one in (*ends, *accepted)]
+        before = len(os.listdir("/proc/self/fd"))
+        opened = list(comm._connected(numbers))
+        assert len(os.listdir("/proc/self/fd")) == before
+        monkeypatch.setattr(comm, "_opened", opened)
+        reported = comm.connections()
+        assert len(reported) == 4  # not what listens, pipes, or closed numbers
+        assert {(other, own) for own, other in reported} == set(reported)
+        assert all(own.startswith("127.0.0.1:") for own, _ in reported)
+
+        # the number of one is another connection's by now: that must not be ended
+        stranger = stack.enter_context(closing(socket.create_connection(server.getsockname())))
+        stranger_end = stack.enter_context(closing(server.accept()[0]))
+        os.dup2(stranger.fileno(), ends[1].fileno())
+        comm.disconnect()
+        assert accepted[0].recv(1) == b""
+        stranger_end.sendall(b"x")
+        assert stranger.recv(1) == b"x"
+        os.close(read)
+        os.close(write)
