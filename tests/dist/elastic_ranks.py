@@ -24,7 +24,7 @@ nn.ReLU = lambda inplace=False: nn.Softplus()
 
 def write_down(folder: Path, pause: str) -> None:
     """Wrap what the training loop calls."""
-    from hvd_lbt import checkpoint, train
+    from hvd_lbt import checkpoint, train, training
     from hvd_lbt.data import pipeline, samples
     from hvd_lbt.elastic import worker as elastic
 
@@ -38,19 +38,25 @@ def write_down(folder: Path, pause: str) -> None:
         now["time"] = time.time()
         lines.write(json.dumps(now | facts) + "\n")
 
-    indices = samples.TrainSamples.indices
-    set_hyperparameters, train_batches = train.set_hyperparameters, pipeline.train_batches
-    backward = train.GradientReducer.backward
+    begin_samples = samples.TrainSamples.__init__
+    set_hyperparameters, train_batches = training.set_hyperparameters, pipeline.train_batches
+    backward = training.GradientReducer.backward
     join, commit, barrier = (
         elastic.Membership.join,
         elastic.Membership.commit,
         elastic.comm.barrier,
     )
 
-    def noted_indices(self, first, count):
-        found = indices(self, first, count)
-        given.append([first, found.tolist()])
-        return found
+    def noted_samples(self, *args):
+        begin_samples(self, *args)
+        indices = self.indices
+
+        def noted_indices(first, count):
+            found = indices(first, count)
+            given.append([first, found.tolist()])
+            return found
+
+        self.indices = noted_indices
 
     def noted_batches(*args, **kwargs):
         given.clear()
@@ -113,11 +119,11 @@ def write_down(folder: Path, pause: str) -> None:
         die_once("checkpoint")
         write(*args)
 
-    evaluate, write = train.evaluate, checkpoint._write_durably
-    train.evaluate, checkpoint._write_durably = dying_evaluate, dying_write
-    samples.TrainSamples.indices = noted_indices
-    train.set_hyperparameters, pipeline.train_batches = noted_update, noted_batches
-    train.GradientReducer.backward = noted_backward
+    evaluate, write = train.evaluate, checkpoint._replace_pair
+    train.evaluate, checkpoint._replace_pair = dying_evaluate, dying_write
+    samples.TrainSamples.__init__ = noted_samples
+    training.set_hyperparameters, pipeline.train_batches = noted_update, noted_batches
+    training.GradientReducer.backward = noted_backward
     elastic.Membership.join, elastic.Membership.commit = noted_join, noted_commit
     elastic.comm.barrier = noted_barrier
 
