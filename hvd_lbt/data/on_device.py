@@ -2,8 +2,8 @@
 
 For CIFAR-10 and its like, where decoding every epoch anew is most of the work, and for machines
 without DALI. Order, cuts and mirroring are those of the DALI pipeline, from the same numbers; so are
-the pixels of PNG files, and of JPEG files as far as the two decoders round alike (libjpeg-turbo's
-here, in Pillow).
+the pixels (`pixels`), of JPEG files as far as the two decoders round alike (libjpeg-turbo's here, in
+Pillow).
 """
 
 import io

@@ -5,37 +5,27 @@ positional read. The bytes are checked before anyone decodes them.
 """
 
 import errno
-import io
 import os
 import threading
 from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.formats import join_recordio
 from hvd_lbt.data.index import Index, open_index
+from hvd_lbt.data.pixels import Encoded, encoded
+from hvd_lbt.data.reading import open_regular, read_regular
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import Recipe
 
-IMAGE_FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # by content, as PIL names them
 CLASSES_FILE = "classes.txt"
 OPEN_SHARDS = 128  # kept open at once by a process, of 1,024 that many systems allow it
 TIMEOUT = 300.0
 # What is wrong with one file. Any other failure of a read is the storage's, and is never skipped.
-FILES_OWN = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-
-
-class Encoded(NamedTuple):
-    """An image file's bytes, uint8, and the size it will have before EXIF could turn it."""
-
-    data: np.ndarray
-    height: int
-    width: int
+FILES_OWN = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
 
 
 class Store:
@@ -99,7 +89,7 @@ class Store:
         """
         try:
             if self.index.extents is None:
-                return _read_file(self._folder + self.index.files.raw(index))
+                return read_regular(self._folder + self.index.files.raw(index))
             shard, offset, length = map(int, self.index.extents[index])
             data = self._shard(shard).read(abs(length), offset)
         except OSError as error:
@@ -113,12 +103,12 @@ class Store:
     def image(self, index: int) -> Encoded:
         """The image of sample `index`, or a SampleError if its bytes are no whole image."""
         data = self.read(index)
-        fault, height, width = examine(data)
-        if fault:
+        try:
+            return encoded(data)
+        except ValueError as fault:
             raise SampleError(
                 f"{self.name(index)} is no whole image: {fault}. Replace or remove it."
-            )
-        return Encoded(np.frombuffer(data, dtype=np.uint8), height, width)
+            ) from fault
 
     def _failure(self, index: int, error: OSError) -> SampleError:
         name = self.name(index)
@@ -147,7 +137,7 @@ class _Descriptor:
     """An open file; closed when the last thread that reads it lets go."""
 
     def __init__(self, file: Path):
-        self._number = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        self._number = open_regular(file)
 
     def read(self, count: int, offset: int) -> bytes:
         return os.pread(self._number, count, offset)
@@ -155,19 +145,6 @@ class _Descriptor:
     def __del__(self) -> None:
         if hasattr(self, "_number"):
             os.close(self._number)
-
-
-def _read_file(file: bytes) -> bytes:
-    """What Path.read_bytes gives, in a third of its time."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        data = os.read(descriptor, size)
-        while len(data) < size and (more := os.read(descriptor, size - len(data))):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
 
 
 def _class_name(token: int | str, named: tuple[str, ...] | None, root: Path) -> str:
@@ -180,56 +157,6 @@ def _class_name(token: int | str, named: tuple[str, ...] | None, root: Path) -> 
             f"labels 0 … {len(named) - 1}."
         )
     return named[token]
-
-
-def examine(data: bytes) -> tuple[str, int, int]:
-    """What is wrong with these bytes of an image file ("" if nothing shows undecoded); height, width.
-
-    DALI's decoder must not get what is no image: one such sample fails its whole batch, and after
-    that DALI 2.4 may end the process with signal 11, or hang at its end. 6 µs for a JPEG of ImageNet;
-    what is no JPEG is decoded here once.
-    """
-    if not data:
-        return "the file is empty", 0, 0
-    size = _size_of_whole_jpeg(data)
-    if size is not None:
-        return "", *size
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, (width, height) = image.format, image.size
-            if kind not in ("JPEG", "MPO"):
-                image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        return "it cannot be identified" if unknown else str(error), 0, 0
-    fault = ""
-    if kind not in IMAGE_FORMATS:
-        fault = f"it is {kind}, allowed are {', '.join(sorted(IMAGE_FORMATS))}"
-    # Within a scan these two bytes cannot occur: a scan without an end was cut off.
-    elif kind in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        fault = "the JPEG is cut off"
-    return fault, height, width
-
-
-def _size_of_whole_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Height and width if this is plainly a whole JPEG: segments up to a scan, and an end at the end.
-
-    None means that nothing is known.
-    """
-    if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
-        return None
-    at, end, size = 2, len(data), None
-    while at + 9 < end and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xDA:  # start of scan
-            return size
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            size = (height, width) if height and width else None
-        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:
-            return None
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return None
 
 
 def open_data(

@@ -254,7 +254,7 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
     def forbidden(file: bytes) -> bytes:
         raise PermissionError(13, "Permission denied", file)
 
-    monkeypatch.setattr(store_module, "_read_file", forbidden)
+    monkeypatch.setattr(store_module, "read_regular", forbidden)
     with pytest.raises(SampleError, match=r"img-.*JPEG cannot be read: Permission denied\."):
         evaluated(open_train_split(folder))
 
@@ -337,8 +337,11 @@ import sys
 from pathlib import Path
 from hvd_lbt.cli import main
 from hvd_lbt.data import store
-check = store.examine
-store.examine = lambda data: ("", 48, 48) if b"nonsense" in data else check(data)
+from hvd_lbt.data.pixels import Encoded
+import numpy as np
+check = store.encoded
+raw = lambda data: Encoded(np.frombuffer(data, np.uint8), 48, 48)
+store.encoded = lambda data: raw(data) if b"nonsense" in data else check(data)
 main(["data", "check", sys.argv[1]])
 raise SystemExit("not reached")
 """
@@ -375,14 +378,14 @@ def test_a_file_that_vanishes_ends_even_a_run_that_skips(tmp_path):
 def test_a_read_that_gets_no_answer_is_named_in_time(tmp_path, monkeypatch):
     data = write_folder(tmp_path)
     stalled, answer = next((data / "train/class 2").iterdir()), threading.Event()
-    read_file = store_module._read_file
+    read_file = store_module.read_regular
 
     def stalls(file: bytes) -> bytes:
         if file == os.fsencode(stalled):
             answer.wait(600)
         return read_file(file)
 
-    monkeypatch.setattr(store_module, "_read_file", stalls)
+    monkeypatch.setattr(store_module, "read_regular", stalls)
     match = rf"{stalled.name} was not read within 0.3 s \(data.timeout\)"
     with pytest.raises(ReadError, match=match):
         stream(open_train_split(data), recipe("data.timeout=0.3"))

@@ -1,6 +1,5 @@
 """The image folder and the built-in digits: what is found, and what is refused by name."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.store import examine, open_splits, open_train_split
+from hvd_lbt.data.store import open_splits, open_train_split
 from hvd_lbt.errors import ReadError, SampleError, UserError
 
 
@@ -78,35 +77,3 @@ def test_digits_are_written_once_and_whole(tmp_path):
     assert write_digits(folder) == folder
     assert Path(train.name(0)).stat().st_mtime_ns == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
-
-
-def encoded(form: str) -> bytes:
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
-    )
-    file = io.BytesIO()
-    picture.save(file, form)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "TIFF"])
-def test_whole_images_have_no_fault(form):
-    assert examine(encoded(form)) == ("", 48, 48)
-    assert examine(encoded("JPEG") + b"trailing") == ("", 48, 48)
-
-
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        (b"", "the file is empty"),
-        (b"hello world" * 20, "it cannot be identified"),
-        (encoded("GIF"), "it is GIF, allowed are BMP, JPEG, MPO, PNG, TIFF, WEBP"),
-        (encoded("PNG")[:60], "image file is truncated"),
-        (encoded("PNG")[:-40], "image file is truncated"),
-        (encoded("JPEG")[:1500], "the JPEG is cut off"),
-        (encoded("JPEG")[:100], "Truncated File Read"),
-    ],
-    ids=["empty", "text", "GIF", "PNG head", "PNG cut", "JPEG cut", "JPEG head"],
-)
-def test_what_would_crash_the_decoder_is_found_first(data, fault):
-    assert examine(data)[0] == fault
