@@ -28,9 +28,10 @@ import yaml
 from torch import Tensor
 
 from hvd_lbt.errors import CheckpointError, UserError
-from hvd_lbt.recipe import Recipe, RunRecipe
+from hvd_lbt.recipe import Recipe, RunRecipe, recipe_of
 from hvd_lbt.run_lock import RunLock
 from hvd_lbt.state import on_cpu
+from hvd_lbt.terminal import printable
 from hvd_lbt.world import World
 
 VERSION = 1
@@ -281,7 +282,9 @@ def load(file: Path) -> dict[str, Any]:
 
     Raises DamagedError if it is missing or damaged, UserError if its version is not ours.
     """
-    file = file.resolve()  # best.pt is a link
+    file = Path(os.path.realpath(file))  # best.pt is a link; a loop of links is found later
+    if os.path.exists(file) and not os.path.isfile(file):  # a FIFO would be waited for
+        raise DamagedError(f"The checkpoint {file} is not a regular file.")
     check(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -296,6 +299,22 @@ def load(file: Path) -> dict[str, Any]:
             f"{VERSION}. Go on with the program that wrote it, or choose another --out."
         )
     return state
+
+
+def load_trained(file: Path) -> tuple[dict[str, Any], Recipe]:
+    """The state in `file` and the recipe in it, for who needs the trained network alone.
+
+    Raises DamagedError and UserError as `load`, and UserError if a part of the state is missing.
+    """
+    state = load(file)
+    parts = {"update": int, "recipe": dict, "classes": list, "model": dict}
+    missing = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
+    if missing:
+        raise UserError(
+            f"The checkpoint {file} has no {', '.join(missing)}: it is not one that "
+            "`hvd_lbt train` wrote."
+        )
+    return state, recipe_of(state["recipe"], f"The checkpoint {file}")
 
 
 def weights_checksum(weights: Mapping[str, Tensor]) -> int:
@@ -315,13 +334,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write a checkpoint's weights alone, as torch.save of a state_dict with torchvision's names."""
-    state = load(args.checkpoint)
-    out = args.out or Path(f"{state['recipe']['name']}.pth")
+    state, recipe = load_trained(args.checkpoint)
+    out = args.out or Path(f"{recipe.name}.pth")
     try:
         torch.save({name: tensor.contiguous() for name, tensor in state["model"].items()}, out)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out {out}: it could not be written ({_reason(error)}).") from error
-    print(f"{out}: the weights after {state['update']:,} updates, for model.load_state_dict")
+    print(
+        f"{printable(out)}: the weights after {state['update']:,} updates, for model.load_state_dict"
+    )
     return 0
 
 

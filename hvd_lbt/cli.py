@@ -89,14 +89,16 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         code = EXIT_INTERRUPTED
     except Exception as error:  # a fault of the program or of the machine, on this rank alone
-        if (comm := _world_is_up()) is None:
-            if isinstance(error, BrokenPipeError):
-                terminal.drop_output()
-                return EXIT_FAILED
-            if (reason := _reason_of_the_machine(error)) is None:
-                raise
-            _tell(UserError(reason))
+        comm, reason = _world_is_up(), _reason_of_the_machine(error)
+        if comm is None and isinstance(error, BrokenPipeError):
+            terminal.drop_output()
+            return EXIT_FAILED
+        if reason and (comm is None or not isinstance(error, OSError)):
+            _tell(SampleError(reason))  # whichever rank it is
+            _end_all_ranks(EXIT_USER_ERROR)
             return EXIT_USER_ERROR
+        if comm is None:
+            raise
         _tell_failure(error, lost=isinstance(error, comm.WorkerLostError))
         comm.abort(EXIT_FAILED)
         raise

@@ -17,7 +17,7 @@ from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError
 from hvd_lbt.models import build_model
-from hvd_lbt.recipe import DataRecipe, Recipe
+from hvd_lbt.recipe import DataRecipe
 from hvd_lbt.world import World
 
 
@@ -84,12 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint on any number of ranks and print the result as a JSON line."""
-    state = checkpoint.load(args.checkpoint)
-    recipe = Recipe.model_validate(state["recipe"])
+    state, recipe = checkpoint.load_trained(args.checkpoint)
+    model = build_model(recipe.model, len(state["classes"]), recipe.layout.ghost_batch)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The checkpoint {args.checkpoint} does not hold the weights of its recipe's network: "
+            f"{reason}."
+        ) from error
     world = comm.init()
     device = local_device(world)
-    model = build_model(recipe.model, len(state["classes"]), recipe.layout.ghost_batch)
-    model.load_state_dict(state["model"])
     result = evaluate(
         model.to(device),
         open_test_split(

@@ -139,7 +139,8 @@ def test_export_gives_what_torchvisions_resnet50_loads(tmp_path, capsys):
     recipe = load_recipe("imagenet_resnet50")
     model = build_model(recipe.model, 1000, 32)
     saved = checkpoints(tmp_path)
-    saved.save(9, {"update": 9, "recipe": recipe.to_dict(), "model": model.state_dict()})
+    about = {"update": 9, "recipe": recipe.to_dict(), "classes": ["x"] * 1000}
+    saved.save(9, {**about, "model": model.state_dict()})
     saved.wait()
     out = tmp_path / "weights.pth"
     assert main(["export", str(tmp_path / "update-00000009.pt"), "--out", str(out)]) == 0

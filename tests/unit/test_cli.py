@@ -185,3 +185,35 @@ def test_a_list_of_trainings_that_is_none(tmp_path, capsys):
 )
 def test_what_a_terminal_would_obey_is_escaped(text, shown):
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "hvd_lbt: there is not enough memory for this: a smaller layout."),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\n1e15 bytes"),
+            "hvd_lbt: there is not enough memory for this: a smaller layout.",
+        ),
+        (OSError(28, "No space left on device", "/x/y\x1b"), "hvd_lbt: /x/y\\x1b: No space left"),
+        (PermissionError(13, "Permission denied", "/x"), "hvd_lbt: /x: Permission denied"),
+    ],
+)
+def test_errors_of_the_machine_are_one_paragraph(monkeypatch, capsys, error, message):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr("hvd_lbt.show_plan.main", fails)
+    assert main(["plan", "digits"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def fails(args):
+        raise KeyError("x")
+
+    monkeypatch.setattr("hvd_lbt.show_plan.main", fails)
+    with pytest.raises(KeyError):
+        main(["plan", "digits"])
