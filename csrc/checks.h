@@ -133,16 +133,13 @@ inline void check_length(TensorList list, const char* name, TensorList params, b
 // Everything fused_sgd_ demands; also counts its writes for autograd. params must not be empty.
 inline void check_fused_sgd(TensorList params, TensorList grads, TensorList momenta,
                             double momentum, bool nesterov, const std::optional<Tensor>& grad_scale,
-                            const std::optional<Tensor>& found_inf, TensorList clear,
-                            TensorList low_precision) {
+                            const std::optional<Tensor>& found_inf) {
   check_length(grads, "grads", params, false);
   check_length(momenta, "momenta", params, momentum == 0.0);
-  check_length(clear, "clear", params, true);
-  check_length(low_precision, "low_precision", params, true);
   TORCH_CHECK_VALUE(!nesterov || !momenta.empty(), "hvd_lbt: nesterov needs momenta");
   const at::Device device = params[0].device();
   std::vector<Extent> extents;
-  extents.reserve(5 * params.size() + 2);
+  extents.reserve(3 * params.size() + 2);
   for (int64_t i = 0; i < static_cast<int64_t>(params.size()); ++i) {
     const Tensor& param = params[i];
     const auto add = [&](const Tensor& tensor, const Name& name, bool written) {
@@ -155,23 +152,9 @@ inline void check_fused_sgd(TensorList params, TensorList grads, TensorList mome
     check_dense(param, {"params", i});
     check_wire_type(grads[i], {"grads", i});
     add(grads[i], {"grads", i}, false);
-    if (!clear.empty()) {
-      check_float(clear[i], {"clear", i});
-      if (clear[i].const_data_ptr() == grads[i].const_data_ptr() &&
-          grads[i].scalar_type() == at::kFloat) {
-        extents.pop_back();  // a gradient may be cleared behind its own use
-      }
-      add(clear[i], {"clear", i}, true);
-    }
     if (!momenta.empty()) {
       check_float(momenta[i], {"momenta", i});
       add(momenta[i], {"momenta", i}, true);
-    }
-    if (!low_precision.empty()) {
-      const at::ScalarType type = low_precision[i].scalar_type();
-      TORCH_CHECK_TYPE(type == at::kHalf || type == at::kBFloat16, "hvd_lbt: low_precision[", i,
-                       "] is ", type, "; it must be float16 or bfloat16");
-      add(low_precision[i], {"low_precision", i}, true);
     }
   }
   if (grad_scale) {
@@ -185,8 +168,6 @@ inline void check_fused_sgd(TensorList params, TensorList grads, TensorList mome
   check_overlap(extents);
   mark_written(params);
   mark_written(momenta);
-  mark_written(clear);
-  mark_written(low_precision);
 }
 
 // What pack_wire_ and unpack_wire_ demand: wires[i] is laid out as tensors[i], and all wires have

@@ -6,7 +6,7 @@ TORCH_LIBRARY(hvd_lbt, library) {
   library.def(
       "fused_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, *, float lr, "
       "float momentum, float weight_decay, bool nesterov, bool maximize, Tensor? grad_scale, "
-      "Tensor? found_inf, Tensor(c!)[] clear, Tensor(d!)[] low_precision) -> ()");
+      "Tensor? found_inf) -> ()");
   library.def(
       "pack_wire_(Tensor(a!)[] wires, Tensor[] sources, Tensor scale, Tensor(b!) overflow, "
       "*, int summands=1) -> ()");

@@ -22,11 +22,6 @@ else:
 WIRE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def available() -> bool:
-    """Whether the extension is built and loads."""
-    return _missing is None
-
-
 def require() -> None:
     """Raise `UserError` with the build command unless the extension loads."""
     if _missing is not None:
@@ -59,6 +54,17 @@ def cpu_isa(choose: str | None = None) -> str:
     return torch.ops.hvd_lbt.cpu_isa(choose)
 
 
+def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` in the other's order of memory and in `dtype` [its own], copied only if it is not."""
+    if tensor.dtype == (dtype or tensor.dtype) and all(  # strides of size 1 do not matter
+        own == its or size == 1
+        for own, its, size in zip(tensor.stride(), like.stride(), like.shape, strict=True)
+    ):
+        return tensor
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=dtype or tensor.dtype).copy_(tensor)
+
+
 def fused_sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -71,8 +77,6 @@ def fused_sgd_(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    clear: Sequence[Tensor] = (),
-    low_precision: Sequence[Tensor] = (),
 ) -> None:
     """Update weights and momentum in one pass over memory.
 
@@ -82,9 +86,7 @@ def fused_sgd_(
     params, momenta: float32, dense; grads: float32, float16 or bfloat16, each of its own; tensor i
     of every list has params[i]'s sizes and strides, all on one device. momenta may be empty when
     momentum is 0. grad_scale, found_inf: one float32 on that device; found_inf ≠ 0 leaves everything
-    as it is, bit for bit. clear: empty, or float32 tensors set to zero in the same pass; clear[i]
-    may be grads[i]. low_precision: empty, or float16/bfloat16 tensors that get the new weights.
-    Nothing written may overlap anything else. Raises ValueError or TypeError naming the tensor.
+    as it is, bit for bit. Nothing written may overlap anything else. Raises ValueError or TypeError naming the tensor.
     """
     require()
     if not params:  # without a tensor torch does not know whose kernel to call
@@ -100,8 +102,6 @@ def fused_sgd_(
         maximize=maximize,
         grad_scale=grad_scale,
         found_inf=found_inf,
-        clear=clear,
-        low_precision=low_precision,
     )
 
 
@@ -118,8 +118,6 @@ def fused_sgd_reference(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    clear: Sequence[Tensor] = (),
-    low_precision: Sequence[Tensor] = (),
 ) -> None:
     """`fused_sgd_` in plain torch, in the precision of params (float64 for an exact answer)."""
     if found_inf is not None and found_inf.item() != 0:
@@ -136,10 +134,6 @@ def fused_sgd_reference(
             momenta[i].mul_(momentum).add_(g)
             g = g + momentum * momenta[i] if nesterov else momenta[i]
         param.sub_(lr * g)
-        if low_precision:
-            low_precision[i].copy_(param)
-    for tensor in clear:
-        tensor.zero_()
 
 
 def pack_wire_(

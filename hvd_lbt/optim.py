@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +18,12 @@ class StepGradients:
 
     grads: gradient of each parameter that has one, float32, float16 or bfloat16, laid out as the
     parameter (views into wire buckets); grad_scale: one float32 that the gradients were multiplied
-    by; found_inf: one float32, not 0 = skip this update; clear: float32 accumulation of a parameter
-    to set to zero in the same pass (not when the update is skipped).
+    by; found_inf: one float32, not 0 = skip this update.
     """
 
     grads: Mapping[Tensor, Tensor]
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    clear: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
 
 class FusedSGD(Optimizer):
@@ -69,7 +67,6 @@ class FusedSGD(Optimizer):
             "fused": None,
         }
         self._gradient_source: Callable[[], StepGradients] | None = None
-        self._low_precision: Mapping[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,9 +106,8 @@ class FusedSGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A pickled optimizer left these behind: they belong to the process.
+        # A pickled optimizer left it behind: it belongs to the process.
         self.__dict__.setdefault("_gradient_source", None)
-        self.__dict__.setdefault("_low_precision", {})
         for number, group in enumerate(self.param_groups):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -120,10 +116,6 @@ class FusedSGD(Optimizer):
     def set_gradient_source(self, source: Callable[[], StepGradients] | None) -> None:
         """Take gradients from `source()`, called once at the start of each step; None: p.grad."""
         self._gradient_source = source
-
-    def set_low_precision_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Round the new weights to these float16/bfloat16 tensors in every step (for autocast)."""
-        self._low_precision = dict(copies)
 
     @torch.no_grad()
     def rescale_momentum(self, factor: float) -> None:
@@ -169,16 +161,15 @@ class FusedSGD(Optimizer):
                         f"the gradient of parameter {i} of group {number} is sparse: FusedSGD "
                         "updates every weight. Use a dense gradient (sparse=False) or torch's SGD."
                     )
-                grads[param] = _laid_out_as(param.grad, param)
+                grads[param] = ops.laid_out_as(param.grad, param)
         return grads
 
     def _update_group(self, group: dict[str, Any], given: StepGradients) -> None:
-        calls: defaultdict[Any, list[Tensor]] = defaultdict(list)  # one call for each kind
+        calls: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         for param in group["params"]:
             if param in given.grads:
-                kind = (param.device, param in given.clear, param in self._low_precision)
-                calls[kind].append(param)
-        for (device, clears, lowers), params in calls.items():
+                calls[param.device].append(param)
+        for device, params in calls.items():
             ops.fused_sgd_(
                 params,
                 [given.grads[param] for param in params],
@@ -190,8 +181,6 @@ class FusedSGD(Optimizer):
                 maximize=group["maximize"],
                 grad_scale=_flag_on(given.grad_scale, device),
                 found_inf=_flag_on(given.found_inf, device),
-                clear=[given.clear[param] for param in params] if clears else (),
-                low_precision=[self._low_precision[param] for param in params] if lowers else (),
             )
 
     def _momenta(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -202,13 +191,6 @@ class FusedSGD(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             momenta.append(state["momentum_buffer"])
         return momenta
-
-
-def _laid_out_as(grad: Tensor, param: Tensor) -> Tensor:
-    """`grad`, copied only if its memory is not laid out as the parameter's."""
-    if grad.stride() == param.stride():
-        return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def _flag_on(flag: Tensor | None, device: torch.device) -> Tensor | None:

@@ -41,8 +41,6 @@ struct Avx2 {
         _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
-  static void stream_zero(float* to) { _mm256_stream_ps(to, _mm256_setzero_ps()); }
-  static void fence() { _mm_sfence(); }
 
   struct Peak {
     __m256i value;

@@ -39,8 +39,6 @@ struct Avx512 {
     const __m512i words = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
   }
-  static void stream_zero(float* to) { _mm512_stream_ps(to, _mm512_setzero_ps()); }
-  static void fence() { _mm_sfence(); }
 
   struct Peak {
     __m512i value;

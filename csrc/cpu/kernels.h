@@ -8,15 +8,11 @@
 
 namespace hvd_lbt {
 
-// `count` consecutive elements of one parameter. clear, low and (without momentum) buffer may be
-// null.
+// `count` consecutive elements of one parameter. Without momentum buffer may be null.
 struct SgdSpan {
   float* weight;
   const void* gradient;  // in the form the function is chosen for
   float* buffer;         // momentum
-  float* clear;          // set to zero; may be the gradient itself
-  void* low;             // the new weight, rounded to low_form
-  Form low_form;
   int64_t count;
 };
 

@@ -1,6 +1,6 @@
 // The loops of CpuKernels, written once for any instruction set. A file that includes this has
 // switched the compiler to its instruction set before, and names the set's vector type in
-//   struct Isa { V; kWidth; load(form*); store(form*, V); stream_zero(float*); fence(); Peak }.
+//   struct Isa { V; kWidth; load(form*); store(form*, V); Peak }.
 // Everything has internal linkage: these are different functions in every file.
 #pragma once
 
@@ -21,8 +21,6 @@ struct Scalar {
   static void store(W* to, V value) {
     to_wire(value, to);
   }
-  static void stream_zero(float* to) { *to = 0.0f; }
-  static void fence() {}
   // The largest magnitude seen, as bits.
   struct Peak {
     uint32_t value = 0;
@@ -38,8 +36,6 @@ template <class I, class G>
 inline int64_t sgd_range(const SgdSpan& span, int64_t at, int64_t end, float grad_scale,
                          const SgdSettings& settings) {
   const G* gradient = static_cast<const G*>(span.gradient);
-  // Zeros go round the cache when they can: nothing reads them before the next backward.
-  const bool stream = reinterpret_cast<uintptr_t>(span.clear + at) % (4 * I::kWidth) == 0;
   for (; at + I::kWidth <= end; at += I::kWidth) {
     typename I::V weight = I::load(span.weight + at);
     typename I::V buffer{};
@@ -47,20 +43,6 @@ inline int64_t sgd_range(const SgdSpan& span, int64_t at, int64_t end, float gra
     sgd_rule(weight, I::load(gradient + at), buffer, grad_scale, settings);
     if (settings.has_momentum) I::store(span.buffer + at, buffer);
     I::store(span.weight + at, weight);
-    if (span.clear != nullptr) {
-      if (stream) {
-        I::stream_zero(span.clear + at);
-      } else {
-        I::store(span.clear + at, typename I::V{});
-      }
-    }
-    if (span.low != nullptr) {
-      if (span.low_form == Form::kHalf) {
-        I::store(static_cast<Half*>(span.low) + at, weight);
-      } else {
-        I::store(static_cast<Bfloat16*>(span.low) + at, weight);
-      }
-    }
   }
   return at;
 }
@@ -80,7 +62,6 @@ void sgd(const SgdSpan& span, float grad_scale, const SgdSettings& settings) {
       sgd_range<Scalar, G>(span, 0, head<I>(span.weight, span.count), grad_scale, settings);
   at = sgd_range<I, G>(span, at, span.count, grad_scale, settings);
   sgd_range<Scalar, G>(span, at, span.count, grad_scale, settings);
-  I::fence();
 }
 
 template <class I, class W>

@@ -75,11 +75,9 @@ const char* const_address(const Tensor& tensor, int64_t element) {
 
 void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double lr, double momentum,
                 double weight_decay, bool nesterov, bool maximize,
-                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                TensorList clear, TensorList low_precision) {
+                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   if (params.empty()) return;
-  check_fused_sgd(params, grads, momenta, momentum, nesterov, grad_scale, found_inf, clear,
-                  low_precision);
+  check_fused_sgd(params, grads, momenta, momentum, nesterov, grad_scale, found_inf);
   if (found_inf && *found_inf->const_data_ptr<float>() != 0.0f) return;
   const SgdSettings settings = sgd_settings(lr, momentum, weight_decay, !momenta.empty(),
                                             grad_scale.has_value(), nesterov, maximize);
@@ -92,9 +90,6 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
     const SgdSpan span{reinterpret_cast<float*>(address(params[i], first)),
                        const_address(grads[i], first),
                        reinterpret_cast<float*>(maybe(momenta, i, first)),
-                       reinterpret_cast<float*>(maybe(clear, i, first)),
-                       maybe(low_precision, i, first),
-                       low_precision.empty() ? Form::kHalf : form_of(low_precision[i]),
                        count};
     kernels.sgd[static_cast<int>(form_of(grads[i]))](span, scale, settings);
   });

@@ -79,13 +79,11 @@ __device__ void deal(const Share& share, bool vectors, const Whole& whole, const
   for (int64_t at = rest + threadIdx.x; at < share.end; at += kThreads) one(at);
 }
 
-template <class G, class L>
+template <class G>
 __device__ void sgd_share(const SgdTensor& tensor, const Share& share, float scale,
                           const SgdSettings& settings) {
   const G* gradient = static_cast<const G*>(tensor.gradient);
-  L* low = static_cast<L*>(tensor.low);
-  const bool vectors = aligned(tensor.weight) && aligned(gradient) && aligned(tensor.buffer) &&
-                       aligned(tensor.clear) && aligned(low);
+  const bool vectors = aligned(tensor.weight) && aligned(gradient) && aligned(tensor.buffer);
   deal(
       share, vectors,
       [&](int64_t at) {
@@ -100,13 +98,6 @@ __device__ void sgd_share(const SgdTensor& tensor, const Share& share, float sca
         }
         vector_at(tensor.weight, at) = weight;
         if (settings.has_momentum) vector_at(tensor.buffer, at) = buffer;
-        if (tensor.clear != nullptr) vector_at(tensor.clear, at) = Vector<float>{};
-        if (low != nullptr) {
-          Vector<L> rounded;
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) to_wire(weight.values[i], &rounded.values[i]);
-          vector_at(low, at) = rounded;
-        }
       },
       [&](int64_t at) {
         float weight = tensor.weight[at];
@@ -114,19 +105,7 @@ __device__ void sgd_share(const SgdTensor& tensor, const Share& share, float sca
         sgd_rule(weight, from_wire(gradient[at]), buffer, scale, settings);
         tensor.weight[at] = weight;
         if (settings.has_momentum) tensor.buffer[at] = buffer;
-        if (tensor.clear != nullptr) tensor.clear[at] = 0.0f;
-        if (low != nullptr) to_wire(weight, low + at);
       });
-}
-
-template <class G>
-__device__ void sgd_share(const SgdTensor& tensor, const Share& share, float scale,
-                          const SgdSettings& settings) {
-  if (tensor.low_form == Form::kHalf) {
-    sgd_share<G, Half>(tensor, share, scale, settings);
-  } else {
-    sgd_share<G, Bfloat16>(tensor, share, scale, settings);
-  }
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -10,16 +10,13 @@
 
 namespace hvd_lbt {
 
-// One parameter, its elements in the order of memory. buffer, clear and low may be null.
+// One parameter, its elements in the order of memory. buffer may be null.
 struct SgdTensor {
   float* weight;
   const void* gradient;  // in gradient_form
   float* buffer;         // momentum
-  float* clear;          // set to zero; may be the gradient itself
-  void* low;             // the new weight, rounded to low_form
   int64_t count;
   Form gradient_form;
-  Form low_form;
 };
 
 // One tensor and its place on the wire; packing only reads the values, unpacking only the wire.
@@ -30,7 +27,7 @@ struct WireTensor {
 };
 
 // As the operators of csrc/ops.cpp say. Scales and flags are read on the device; nothing waits for
-// it. One launch for up to 543 (cuda_sgd) or 1,165 tensors.
+// it. One launch for up to 741 (cuda_sgd) or 1,165 tensors.
 void cuda_sgd(const std::vector<SgdTensor>& tensors, const float* grad_scale,
               const float* found_inf, const SgdSettings& settings, cudaStream_t stream);
 void cuda_pack(const std::vector<WireTensor>& tensors, Form form, const float* scale,

@@ -16,25 +16,16 @@ const float* maybe_float(const std::optional<Tensor>& tensor) {
 
 void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double lr, double momentum,
                 double weight_decay, bool nesterov, bool maximize,
-                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                TensorList clear, TensorList low_precision) {
+                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   if (params.empty()) return;
-  check_fused_sgd(params, grads, momenta, momentum, nesterov, grad_scale, found_inf, clear,
-                  low_precision);
+  check_fused_sgd(params, grads, momenta, momentum, nesterov, grad_scale, found_inf);
   const c10::cuda::CUDAGuard guard(params[0].device());
-  const auto floats = [](TensorList list, size_t i) {
-    return list.empty() ? nullptr : list[i].mutable_data_ptr<float>();
-  };
   std::vector<SgdTensor> tensors(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     tensors[i] = {params[i].mutable_data_ptr<float>(),
                   grads[i].const_data_ptr(),
-                  floats(momenta, i),
-                  floats(clear, i),
-                  low_precision.empty() ? nullptr : low_precision[i].mutable_data_ptr(),
-                  params[i].numel(),
-                  form_of(grads[i]),
-                  low_precision.empty() ? Form::kHalf : form_of(low_precision[i])};
+                  momenta.empty() ? nullptr : momenta[i].mutable_data_ptr<float>(),
+                  params[i].numel(), form_of(grads[i])};
   }
   cuda_sgd(tensors, maybe_float(grad_scale), maybe_float(found_inf),
            sgd_settings(lr, momentum, weight_decay, !momenta.empty(), grad_scale.has_value(),

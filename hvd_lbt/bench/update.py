@@ -84,28 +84,23 @@ def _updated(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> li
     return [*(param.detach() for param in params), *momenta]
 
 
-def _ours(net: Net, gradient: Tensor, *, full: bool = False) -> Way:
-    """FusedSGD, straight from a bucket; `full`: also unscales, heeds found_inf and clears."""
+def _ours(net: Net, gradient: Tensor, *, scaled: bool = False) -> Way:
+    """FusedSGD, straight from a bucket; `scaled`: divides by the wire's scale, as in training."""
     params = net.weights()
     optimizer = FusedSGD(params, **SETTINGS)
-    given = StepGradients(grads=dict(zip(params, net.views(gradient), strict=True)))
-    if full:
-        accumulated = net.views(torch.ones(net.elements, device=net.device))
-        given = StepGradients(
-            grads=given.grads,
-            grad_scale=torch.full((), SCALE, device=net.device),
-            found_inf=torch.zeros((), device=net.device),
-            clear=dict(zip(params, accumulated, strict=True)),
-        )
+    given = StepGradients(
+        grads=dict(zip(params, net.views(gradient), strict=True)),
+        grad_scale=torch.full((), SCALE, device=net.device) if scaled else None,
+    )
     optimizer.set_gradient_source(lambda: given)
     return Way(run=optimizer.step, results=lambda: _updated(params, optimizer))
 
 
-def _torch(net: Net, gradient: Tensor, kind: str, *, full: str = "") -> Way:
+def _torch(net: Net, gradient: Tensor, kind: str, *, scaled: str = "") -> Way:
     """torch.optim.SGD. It wants fp32 gradients: another form is copied to fp32 first, all at once.
 
-    full: "told" hands scale and flag to the fused kernel; "looks" has GradScaler's pass over the
-    gradients find them infinite and unscale them. Both clear with a pass of their own.
+    scaled: "in the kernel" hands the scale to the fused kernel; "by GradScaler" has its pass over
+    the gradients find infinite ones and unscale.
     """
     params = net.weights()
     optimizer = torch.optim.SGD(params, **{kind: True}, **SETTINGS)
@@ -114,18 +109,16 @@ def _torch(net: Net, gradient: Tensor, kind: str, *, full: str = "") -> Way:
         param.grad = grad
     found = torch.zeros((), device=net.device)
     scale = torch.full((), SCALE, device=net.device)
-    if full == "told":
+    if scaled == "in the kernel":
         optimizer.grad_scale, optimizer.found_inf = scale, found  # type: ignore[attr-defined]
 
     def run() -> None:
-        if full or gradient.dtype != torch.float32:
+        if gradient.dtype != torch.float32:
             single.copy_(gradient)
-        if full == "looks":
+        if scaled == "by GradScaler":
             grads = [param.grad for param in params]
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found, 1 / scale)  # type: ignore[arg-type]
         optimizer.step()
-        if full:
-            single.zero_()
 
     return Way(run=run, results=lambda: _updated(params, optimizer))
 
@@ -156,12 +149,12 @@ def _update_cases(net: Net) -> Iterator[Case]:
         yield Case(f"update, {name} gradients", 16 + form.itemsize, _ours(net, gradient), peers)
     gradient = net.random(2).mul_(SCALE).half()
     yield Case(
-        "update, fp16 gradients, unscale + found_inf + clear",
-        16 + 2 + 4,
-        _ours(net, gradient, full=True),
+        "update as in training: fp16 gradients, unscaled",
+        16 + 2,
+        _ours(net, gradient, scaled=True),
         {
-            "torch fused, told": _torch(net, gradient, "fused", full="told"),
-            "torch fused, looks": _torch(net, gradient, "fused", full="looks"),
+            f"torch fused, scale {how}": _torch(net, gradient, "fused", scaled=how)
+            for how in ("in the kernel", "by GradScaler")
         },
     )
 

@@ -58,9 +58,6 @@ def test_an_update_has_the_bits_of_the_cpu(form, offset):
             "grads": tensors(dtype=form, seed=2, offset=offset),
             "momenta": tensors(seed=3, offset=offset) if momentum else ([], []),
         }
-        if extras:
-            pairs["clear"] = tensors(seed=4, offset=offset)
-            pairs["low_precision"] = tensors(dtype=torch.float16, seed=5, offset=offset)
         for side, device in enumerate(("cpu", "cuda")):
             ops.fused_sgd_(
                 **{name: pair[side] for name, pair in pairs.items()},
@@ -144,7 +141,7 @@ def test_a_graph_captures_pack_and_update():
         ops.pack_wire_(views, grads, scale, flag)
         ops.fused_sgd_(
             params, views, momenta, lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=False,
-            maximize=False, grad_scale=scale, found_inf=flag, clear=(),
+            maximize=False, grad_scale=scale, found_inf=flag,
         )  # fmt: skip
 
     for _ in range(3):

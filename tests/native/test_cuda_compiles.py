@@ -92,10 +92,9 @@ int unpack(int count, WireTensor* tensors, int form, const float* scale) {{
 
 class SgdTensor(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "buffer", "clear", "low")),
+        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "buffer")),
         ("count", ctypes.c_int64),
         ("gradient_form", ctypes.c_uint8),
-        ("low_form", ctypes.c_uint8),
     ]
 
 
@@ -170,30 +169,18 @@ def test_sgd_kernel_gives_the_bits_of_the_cpu(kernels, form, shift, extras):
     }
     options = {}
     if extras:
-        options = {
-            "grad_scale": torch.tensor([8.0]),
-            "found_inf": torch.tensor([0.0]),
-            "clear": tensors(SIZES, shift, seed=3),
-            "low_precision": tensors(SIZES, shift, torch.bfloat16, seed=4),
-        }
+        options = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([0.0])}
     copies = {
         name: [t.clone() for t in value] if isinstance(value, list) else value
         for name, value in {**expected, **options}.items()
     }
     ops.fused_sgd_(**expected, **settings, **options)
 
-    absent = [None] * len(SIZES)
     table = (SgdTensor * len(SIZES))(
         *(
-            SgdTensor(*map(address, pointers), size, FORMS[form], FORMS[torch.bfloat16])
+            SgdTensor(*map(address, pointers), size, FORMS[form])
             for size, *pointers in zip(
-                SIZES,
-                copies["params"],
-                copies["grads"],
-                copies["momenta"],
-                copies.get("clear", absent),
-                copies.get("low_precision", absent),
-                strict=True,
+                SIZES, copies["params"], copies["grads"], copies["momenta"], strict=True
             )
         )
     )
@@ -261,11 +248,8 @@ def test_more_tensors_than_one_launch_holds(kernels):
     params, grads = tensors(sizes), tensors(sizes, seed=1)
     wanted = [p - 0.5 * g for p, g in zip(params, grads, strict=True)]
     table = (SgdTensor * len(sizes))(
-        *(
-            SgdTensor(address(p), address(g), None, None, None, 5, 0, 0)
-            for p, g in zip(params, grads, strict=True)
-        )
+        *(SgdTensor(address(p), address(g), None, 5, 0) for p, g in zip(params, grads, strict=True))
     )
     given = SgdSettings(0.5, 0.0, 0.0, False, False, False, False)
-    assert kernels.sgd(len(sizes), table, None, None, ctypes.byref(given)) == 3
+    assert kernels.sgd(len(sizes), table, None, None, ctypes.byref(given)) == 2
     assert all(map(torch.equal, params, wanted))

@@ -62,8 +62,6 @@ def test_one_update_is_that_of_float64(isa, form, offset):
         params = tensors(SIZES, seed=1, offset=offset)
         grads = tensors(SIZES, form, seed=2, offset=offset)
         momenta = tensors(SIZES, seed=3, offset=offset) if momentum else []
-        clear = tensors(SIZES, seed=4, offset=offset)
-        low = tensors(SIZES, torch.bfloat16, seed=5, offset=offset)
         exact_params, exact_momenta = ([t.double() for t in one] for one in (params, momenta))
         given = None if scale is None else torch.tensor(scale)
         # Every rounding errs by at most EPS of what it rounds; 8 of them, of at most this size:
@@ -75,19 +73,9 @@ def test_one_update_is_that_of_float64(isa, form, offset):
         ]
         bound = [8 * EPS * s for s in size]
         ops.fused_sgd_reference(exact_params, grads, exact_momenta, grad_scale=given, **options)
-        ops.fused_sgd_(
-            params,
-            grads,
-            momenta,
-            grad_scale=given,
-            clear=clear,
-            low_precision=low,
-            **options,
-        )
+        ops.fused_sgd_(params, grads, momenta, grad_scale=given, **options)
         assert_within(params, exact_params, bound)
         assert_within(momenta, exact_momenta, bound if momenta else [])
-        assert all(not t.any() for t in clear)
-        assert all(torch.equal(a, p.bfloat16()) for a, p in zip(low, params, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -97,7 +85,6 @@ def test_all_instruction_sets_give_the_same_bits(form):
     for name in instruction_sets():
         ops.cpu_isa(name)
         params, momenta = tensors(SIZES, seed=1), tensors(SIZES, seed=3)
-        low = tensors(SIZES, torch.float16, seed=5)
         scale, overflow = torch.tensor(3.0), torch.zeros(1)
         options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
         ops.fused_sgd_(
@@ -106,7 +93,6 @@ def test_all_instruction_sets_give_the_same_bits(form):
             momenta,
             maximize=False,
             grad_scale=scale,
-            low_precision=low,
             **options,
         )
         wire = torch.empty(sum(SIZES), dtype=form)
@@ -114,7 +100,7 @@ def test_all_instruction_sets_give_the_same_bits(form):
         ops.pack_wire_(wires, params, scale, overflow)
         back = [torch.empty_like(p) for p in params]
         ops.unpack_wire_(back, wires, scale)
-        results.append([*params, *momenta, *low, wire, *back])
+        results.append([*params, *momenta, wire, *back])
     ops.cpu_isa(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -146,35 +132,17 @@ def test_hundreds_of_updates_stay_with_torch(isa, options):
 @pytest.mark.parametrize("step", [1, 4])
 def test_an_overflow_leaves_every_bit(isa, step):
     params, momenta = tensors(SIZES, seed=1), [torch.zeros(n) for n in SIZES]
-    clear, low = tensors(SIZES, seed=4), tensors(SIZES, torch.float16, seed=5)
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "maximize": False}
     for _ in range(step - 1):
         ops.fused_sgd_(params, tensors(SIZES, seed=2), momenta, **options)
-    written = [params, momenta, clear, low]
+    written = [params, momenta]
     before = clones(written)
     bad = [torch.full((n,), float("nan")) for n in SIZES]
-    ops.fused_sgd_(
-        params,
-        bad,
-        momenta,
-        found_inf=torch.tensor(1.0),
-        clear=clear,
-        low_precision=low,
-        **options,
-    )
+    ops.fused_sgd_(params, bad, momenta, found_inf=torch.tensor(1.0), **options)
     for one, other in zip(written, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     ops.fused_sgd_(params, bad, momenta, found_inf=torch.tensor(0.0), **options)
     assert all(p.isnan().all() for p in params)
-
-
-def test_a_gradient_may_be_cleared_behind_its_own_use():
-    params, grads = tensors(SIZES, seed=1), tensors(SIZES, seed=2)
-    expected = [p - 0.5 * g for p, g in zip(params, grads, strict=True)]
-    options = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
-    ops.fused_sgd_(params, grads, [], lr=0.5, clear=grads, **options)
-    assert all(torch.equal(p, e) for p, e in zip(params, expected, strict=True))
-    assert all(not g.any() for g in grads)
 
 
 # -- the wire -------------------------------------------------------------------------------------
@@ -344,7 +312,6 @@ TENSORS = ("params", "grads", "momenta")
         ({"grads": tensors([4, 6], torch.float64)}, TypeError, r"grads\[0\] is Double"),
         ({"params": tensors([4, 6], torch.float16)}, TypeError, r"params\[0\] is Half"),
         ({"momenta": tensors([4, 6], torch.float16)}, TypeError, r"momenta\[0\] is Half"),
-        ({"low_precision": tensors([4, 6])}, TypeError, r"low_precision\[0\] is Float"),
         ({"grad_scale": torch.ones(2)}, ValueError, r"grad_scale has sizes \[2\]"),
         ({"found_inf": torch.ones(1).double()}, TypeError, "found_inf is Double"),
         ({"momentum": 0.0, "nesterov": True, "momenta": []}, ValueError, "nesterov needs momenta"),
@@ -423,8 +390,6 @@ def test_opcheck():
             "maximize": False,
             "grad_scale": torch.tensor(2.0),
             "found_inf": torch.tensor(0.0),
-            "clear": tensors([4, 33], seed=5),
-            "low_precision": tensors([4, 33], torch.float16, seed=6),
         },
     )
     wires, one = tensors([4, 33], torch.float16), torch.tensor(1.0)
