@@ -38,6 +38,8 @@ FLUSH_SECONDS = 1.0
 # A line this often where no live line can be: without a terminal, and under a launcher, which puts
 # the rank before every piece of output.
 LINE_SECONDS = 5.0
+NOTABLE_UNDERFLOW = 0.01  # share of gradients below fp16's smallest normal number
+SCALARS = ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale", "underflow")
 LAUNCHERS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -215,7 +217,7 @@ class RunLog:
             "noise_scale": update.noise_scale,
             "images_per_second": update.global_batch / seconds,
             "data_wait": min(1.0, data_wait / seconds),
-            **{key: reducer[key] for key in ("wire_scale", "overflows", "skipped")},
+            **{key: reducer[key] for key in ("wire_scale", "underflow", "overflows", "skipped")},
         }
         self._pending.append((record, torch.cat([sums, noise])))
         if now - self._flushed > FLUSH_SECONDS:
@@ -241,7 +243,7 @@ class RunLog:
                 self._board.add_scalar(
                     "plan/gradient_noise", record["gradient_noise"], record["update"]
                 )
-            for key in ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale"):
+            for key in SCALARS:
                 if record[key] is not None:
                     self._board.add_scalar(f"train/{key}", record[key], record["update"])
             for key in ("global_batch", "lr", "momentum", "noise_scale"):
@@ -335,6 +337,11 @@ class RunLog:
             f"g {record['noise_scale']:.4g} · {noise}{record['images_per_second']:,.0f} images/s "
             f"(waits {record['data_wait']:.0%} for data, {self._share():.0%} in all) · loss {loss}{self._accuracy}"
             + (f" · {self._left_out:,} samples left out" if self._left_out else "")
+            + (
+                f" · {record['underflow']:.0%} of the gradients are below fp16's normal numbers"
+                if record["underflow"] >= NOTABLE_UNDERFLOW
+                else ""
+            )
         )
         seen = record["samples_seen"]
         self._progress.update(self._task, completed=seen, description=text)

@@ -7,12 +7,13 @@ is packed into its wire buffer and leaves when its last gradient is there; the u
 world's sum out of the wire buffers.
 
 The gradients outlive the sending. If a scaled gradient does not fit the wire, on any rank, or if
-the ranks' sum might not, the update is sent again in fp32 before the optimizer moves. If a gradient itself is
-infinite or NaN, no scale helps: all ranks skip the update.
+the ranks' sum might not, the update is sent again in fp32 before the optimizer moves. If a gradient
+itself is infinite or NaN, no scale helps: all ranks skip the update.
+
+What a training loop can do that would be lost without a word is refused: see `_check_model` and
+`_check_gradients`.
 """
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +24,19 @@ from torch import Tensor, nn
 from hvd_lbt import ops
 from hvd_lbt.errors import BadUpdatesError, UserError
 from hvd_lbt.optim import FusedSGD, StepGradients
+from hvd_lbt.rank_agreement import compare_models, compare_weights, hash_words, parameters_of
+from hvd_lbt.wire_scale import HARMLESS, WireScale
 from hvd_lbt.world import World
 
 WIRE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_BUCKET_BYTES = 1 << 20  # small, so that the first sum starts early in the last backward
 ALIGNMENT = 32  # elements; a parameter begins at 64 bytes in fp16 and at 128 in fp32
-FIRST_SCALE = 2.0**10  # 2^5 of head room for gradients near 1, and 2^-24 · 2^-10 still counts
-LARGEST_SCALE = 2.0**24
-SMALLEST_SCALE = 2.0**-64
-GROWTH_INTERVAL = 200  # good updates after which the scale doubles: an overflow costs one resend
+SMALLEST_NORMAL = 2.0**-14  # of fp16; what is smaller has fewer bits, below 2^-25 none
+ANEW = (
+    "Call reducer.close() and make a new GradientReducer after the change, on every rank and with "
+    "an optimizer that has all parameters."
+)
+MEASURE_INTERVAL = 100  # updates from one look at what falls below it to the next
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,8 +46,15 @@ class _Slot:
     name: str
     parameter: Tensor
     offset: int
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)  # where the model has it
+    form: tuple[Any, ...] = field(init=False)  # dtype, device, sizes, strides
+    frozen: bool = False  # in this update
+    version: int = -1  # of the gradient after the last backward
     wire: Tensor = field(init=False)  # view of the bucket's, with the parameter's sizes and strides
     gradient: Tensor | None = None  # fp32, this rank's of this update so far; laid out as the wire
+
+    def __post_init__(self) -> None:
+        self.form = _form(self.parameter)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,7 +65,8 @@ class _Bucket:
     slots: list[_Slot]
     wire: Tensor  # flat, in wire form: the scaled gradients, then the world's sum
     missing: int = 0  # gradients of the last backward that have not come
-    handle: Any = None  # of the sum under way
+    sent: bool = False  # the sum is under way
+    handle: Any = None  # of that sum, whatever allreduce_async gave
 
 
 class GradientReducer:
@@ -67,9 +80,10 @@ class GradientReducer:
     model: a module or (name, parameter) pairs. optimizer: FusedSGD, which reads the wire directly,
     or any torch optimizer, which finds the sum in `.grad` during its step. Reduced is what the
     optimizer has and requires a gradient now; what a backward does not reach counts as a gradient of
-    zero (weight decay and momentum go on). allreduce_async(tensor, name) → handle begins the
-    in-place *sum* over the ranks; synchronize(handle) waits for it. They and world are those of
-    Horovod, after `hvd_lbt.init()`, unless given. wire: fp16, fp32, or bf16 where
+    zero (weight decay and momentum act on it). A parameter that is frozen later stays as it is.
+    allreduce_async(tensor, name) → handle begins the in-place *sum* over the ranks;
+    synchronize(handle) waits for it. They and world are those of Horovod, after `hvd_lbt.init()`,
+    unless given. wire: fp16, fp32, or bf16 where
     the allreduce can sum it (Horovod 0.28.1 cannot).
     bucket_mb: size of a bucket on the wire in 2^20 bytes. max_bad_updates: raise BadUpdatesError at
     that many updates in a row with infinite or NaN gradients. overlap: False sends after the last
@@ -78,7 +92,8 @@ class GradientReducer:
     another one.
 
     Every rank must make its reducer, and each update's last backward, in the same order. Raises
-    UserError if the ranks' parameters or settings differ.
+    UserError if the ranks' parameters or settings differ, and at the end of the first update's last
+    backward if the ranks' weights or the optimizer's state do.
     """
 
     def __init__(
@@ -113,32 +128,48 @@ class GradientReducer:
         self.max_bad_updates = max_bad_updates
         self.allreduce_async, self.synchronize = allreduce_async, synchronize
         self._optimizer = optimizer
-        self._optimizer_size = _size(optimizer)
+        self._optimizer_parameters = parameters_of(optimizer)
+        self._frozen = [p for p in self._optimizer_parameters if not p.requires_grad]
 
-        named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
-        trained = _trained(named, optimizer)
+        self._named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+        trained = _trained(self._named, optimizer)
         self._device = trained[0][1].device
         settings = f"{wire} {bucket_mb} {overlap}"
-        _compare_ranks(trained, settings, world, self._sum, f"{name}.model", self._device)
+        compare_models(trained, settings, world, self._sum, f"{name}.model", self._device)
         self._buckets = _make_buckets(trained, WIRE_TYPES[wire], int(bucket_mb * 2**20), name)
         self._slots = [slot for bucket in self._buckets for slot in bucket.slots]
+        # Their first elements show a change that counts no version, as GradScaler's and `.data`'s.
+        self._sampled = self._slots[:: max(1, len(self._slots) // 6)]
+        self._samples: list[Tensor] = []
+        owners = _owners(model) if isinstance(model, nn.Module) else {}
+        self._hooks = []
         for bucket in self._buckets:
             for slot in bucket.slots:
-                slot.parameter.register_post_accumulate_grad_hook(self._make_hook(bucket, slot))
+                slot.owners = owners.get(slot.parameter, [])
+                hook = _Hook(self, bucket, slot)
+                self._hooks.append(slot.parameter.register_post_accumulate_grad_hook(hook))
 
-        self._scale = self._scalar(FIRST_SCALE if wire == "fp16" else 1.0)
+        self._wire_scale = WireScale(world.size)
+        if wire != "fp16":
+            self._wire_scale.scale = self._wire_scale.ceiling = 1.0
+        self._scale = self._scalar(self._wire_scale.scale)
         self._one = self._scalar(1.0)
         self._overflow = torch.zeros(1, device=self._device)
         self._codes = torch.tensor([1.0, 2.0], device=self._device)  # as pack_wire_ raises them
-        self._flags = torch.zeros(2, device=self._device)  # ranks that overflowed, ranks gone bad
+        # Summed over the ranks: how many overflowed, how many have gone bad, `_measure`'s five, and
+        # by rank its largest gradient and which parameters it has frozen.
+        self._flags = torch.zeros(7 + 2 * world.size, device=self._device)
         self._flags_handle: Any = None
         self._backwards = 0  # of this update
-        self._is_last = False
+        self._compared = world.size == 1  # the ranks' weights
+        self._is_inside = self._is_last = False
         self._sent = False
+        self._verdict = ""  # on the sums, between their coming and the end of the step
+        self._clip: Tensor | None = None  # what this update's sum is divided by
         self._applied: Tensor | None = None  # the scale of the sum that lies in the wire buckets
 
-        self._wire_scale = float(self._scale)
-        self._good_updates = 0  # since the scale changed
+        self._until_measured = 0
+        self._underflow = 0.0
         self._overflows = 0
         self._skipped = 0
         self._bad_in_a_row = 0
@@ -147,35 +178,84 @@ class GradientReducer:
         if isinstance(optimizer, FusedSGD):
             optimizer.set_gradient_source(self._step_gradients)
         else:
-            optimizer.register_step_pre_hook(lambda *_: self._before_step())
-            optimizer.register_step_post_hook(lambda *_: self._release())
+            self._hooks += [
+                optimizer.register_step_pre_hook(lambda _, *call: self._before_step(*call)),
+                optimizer.register_step_post_hook(lambda *_: self._release()),
+            ]
 
-    def backward(self, loss: Tensor | None, *, last: bool = True) -> None:
+    def backward(
+        self, loss: Tensor | None, *, last: bool = True, retain_graph: bool | None = None
+    ) -> None:
         """Backpropagate one micro-batch of the update; `last` sends the sums.
 
         loss: this micro-batch's share of the update's mean loss (Σ of its losses / global batch),
-        or None, with last=True, on a rank that has no samples in this update.
-        Raises UserError if the step of the update before is missing.
+        or None, with last=True, on a rank that has no samples in this update. Gradients of a plain
+        `loss.backward()` before this call are part of the update. retain_graph: as torch's.
+        Raises UserError if the step of the update before is missing, or if the model or optimizer
+        changed in a way that the reducer cannot follow.
         """
-        if self._sent:
+        if self._sent or self._verdict:
             raise UserError(
                 "backward() was called after the update's last backward. Call optimizer.step() "
                 "first, and pass last=True only with the last micro-batch of an update."
             )
+        if self._backwards == 0:
+            self._check_model()
         self._attach()
-        self._is_last = last
+        self._is_inside, self._is_last = True, last
         for bucket in self._buckets:
             bucket.missing = len(bucket.slots)
-        if loss is not None:
-            loss.backward()
+        try:
+            if loss is not None:
+                loss.backward(retain_graph=retain_graph)
+        finally:
+            self._is_inside = False
         self._backwards += 1
         if last:
             for bucket in self._buckets:
-                if bucket.handle is None:
+                if not bucket.sent:
                     self._send(bucket)
-            self._flags.copy_(self._overflow == self._codes)
-            self._flags_handle = self.allreduce_async(self._flags, f"{self.name}.flags")
+            self._send_flags()
+            for slot in self._slots:
+                slot.version = -1 if slot.gradient is None else slot.gradient._version
+            self._samples = [_sample(slot).clone() for slot in self._sampled]
             self._sent = True
+            if not self._compared:  # before the first update moves them
+                compare_weights(
+                    self._named, self._optimizer, self.world, self._sum, self.name, self._device
+                )
+                self._compared = True
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale this update's gradient, the sum over all ranks, down to a norm of `max_norm`.
+
+        For `torch.nn.utils.clip_grad_norm_`, between the last backward and optimizer.step(); waits
+        for the sums. Returns the norm before clipping, the same on all ranks; NaN if this update
+        will be skipped for an infinite or NaN gradient. Raises UserError at any other time.
+        """
+        if not max_norm > 0:
+            raise UserError(f"max_norm: {max_norm} must be above 0.")
+        if self._received() == "bad":
+            return self._scalar(float("nan"))
+        if self._verdict == "fp32":
+            sums = [slot.gradient for slot in self._slots if slot.gradient is not None]
+            scale = self._one
+        else:
+            sums, scale = [bucket.wire for bucket in self._buckets], self._sent_scale
+        norms = [torch.linalg.vector_norm(total, dtype=torch.float32) for total in sums]
+        norm = torch.linalg.vector_norm(torch.stack(norms) / scale)
+        self._clip = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        return norm
+
+    def close(self) -> None:
+        """Let go of model and optimizer, so that another reducer can be made for them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if isinstance(self._optimizer, FusedSGD):
+            self._optimizer.set_gradient_source(None)
+        self._release()
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor | None:
@@ -194,12 +274,15 @@ class GradientReducer:
     def stats(self) -> dict[str, Any]:
         """Counts since the start: the same on all ranks.
 
-        wire_scale: what gradients are multiplied by on the wire; overflows: updates sent again in
-        fp32; skipped: updates dropped for a bad gradient; bad_in_a_row, bad_parameter: the last
-        such, and the name of its first bad gradient ("" if there was none).
+        wire_scale: what gradients are multiplied by on the wire; underflow: the share of gradients
+        that are not zero and lie below fp16's smallest normal number there, where they have fewer
+        bits or none (measured in every 100th update, and after the scale changed); overflows:
+        updates sent again in fp32; skipped: updates dropped for a bad gradient; bad_in_a_row,
+        bad_parameter: the last such, and the name of its first bad gradient ("" if there was none).
         """
         return {
-            "wire_scale": self._wire_scale,
+            "wire_scale": self._wire_scale.scale,
+            "underflow": self._underflow,
             "overflows": self._overflows,
             "skipped": self._skipped,
             "bad_in_a_row": self._bad_in_a_row,
@@ -208,17 +291,76 @@ class GradientReducer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, the same on all ranks; between updates nothing else is state."""
-        return {"good_updates": self._good_updates, **self.stats()}
+        own = {"until_measured": self._until_measured}
+        return {**self._wire_scale.state_dict(), **own, **self.stats()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the scale and the counts of `state_dict()`, on every rank."""
+        """Continue with the scale and the counts of `state_dict()`, on every rank."""
         self._overflows, self._skipped = state["overflows"], state["skipped"]
         self._bad_in_a_row, self._bad_parameter = state["bad_in_a_row"], state["bad_parameter"]
-        if self.wire == "fp16":  # another form has no scale to go on with
-            self._set_scale(state["wire_scale"])
-            self._good_updates = state["good_updates"]
+        if self.wire == "fp16":  # another form has no scale to continue with
+            self._wire_scale.load_state_dict(state)
+            self._scale = self._scalar(self._wire_scale.scale)
+            self._until_measured = state.get("until_measured", 0)
+            self._underflow = state.get("underflow", 0.0)
 
     # -- backward: accumulate, and send what is complete ------------------------------------------
+
+    def _check_model(self) -> None:
+        """Refuse what has happened to model and optimizer since the reducer was made."""
+        if not self._hooks:
+            raise UserError("this reducer is closed: make a new one.")
+        parameters = parameters_of(self._optimizer)
+        if len(parameters) != len(self._optimizer_parameters) or any(
+            own is not its for own, its in zip(parameters, self._optimizer_parameters, strict=True)
+        ):
+            raise UserError(
+                "the optimizer's parameters changed after its reducer was made (add_param_group()?)"
+                f". {ANEW}"
+            )
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                names = [name for name, p in self._named if p is parameter]
+                raise UserError(
+                    f"{' '.join(names)} requires a gradient now, and was frozen when the reducer "
+                    f"was made. {ANEW}"
+                )
+        for slot in self._slots:
+            if any(
+                owner._parameters.get(name) is not slot.parameter for owner, name in slot.owners
+            ):
+                raise UserError(
+                    f"{slot.name} is another tensor in the model than in the optimizer "
+                    "(load_state_dict(assign=True)?). Make the optimizer and the reducer after it."
+                )
+            if _form(slot.parameter) != slot.form:
+                raise UserError(
+                    f"{slot.name} was {slot.form} when the reducer was made (type, device, sizes, "
+                    f"strides) and is {_form(slot.parameter)}. {ANEW}"
+                )
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients that were changed after they were sent: it would have no effect."""
+        samples = dict(zip(self._sampled, self._samples, strict=True))
+        for slot in self._slots:
+            grad = slot.parameter.grad
+            if slot.frozen:
+                continue
+            if slot.parameter.dtype != torch.float32:
+                same = grad is None
+            elif grad is None:
+                same = slot.gradient is None
+            else:
+                same = grad is slot.gradient and grad._version == slot.version
+                if same and slot in samples:
+                    same = torch.equal(_sample(slot), samples[slot])
+            if not same:
+                raise UserError(
+                    f"the gradient of {slot.name} was changed after the update's last backward, "
+                    "when it had been sent already (clip_grad_norm_, clip_grad_value_, zero_grad, a "
+                    "GradScaler, another backward?). Clip with reducer.clip_grad_norm_(max_norm), "
+                    "which clips the sum over all ranks; scale the loss instead of gradients."
+                )
 
     def _attach(self) -> None:
         """Make every `.grad` this update's gradient so far, whatever the caller did to it.
@@ -235,33 +377,41 @@ class GradientReducer:
             if parameter.dtype == torch.float32 and parameter.grad is not slot.gradient:
                 slot.gradient = None  # zero_grad() between micro-batches: begin again
                 if parameter.grad is not None:  # the caller's own: it counts
-                    parameter.grad = slot.gradient = _laid_out_as(parameter.grad, slot)
+                    parameter.grad = slot.gradient = _fp32(parameter.grad, slot)
+            elif parameter.grad is not None:  # the caller's own, in half precision
+                self._accumulate(slot)
 
-    def _make_hook(self, bucket: _Bucket, slot: _Slot) -> Callable[[Tensor], None]:
-        low_precision = slot.parameter.dtype != torch.float32
+    def _accumulate(self, slot: _Slot) -> None:
+        """Add a `.grad` in half precision to its fp32 gradient; torch wants it in that type."""
+        assert slot.parameter.grad is not None
+        if slot.parameter.dtype == torch.float32:
+            return
+        if slot.gradient is None:
+            slot.gradient = _fp32(slot.parameter.grad, slot)
+        else:
+            slot.gradient.add_(slot.parameter.grad)
+        slot.parameter.grad = None
 
-        def gradient_is_there(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if low_precision:
-                if slot.gradient is None:
-                    slot.gradient = _laid_out_as(parameter.grad, slot)
-                else:
-                    slot.gradient.add_(parameter.grad)
-                parameter.grad = None  # torch wants it in the parameter's type
-            elif parameter.grad is not slot.gradient:  # else autograd has added to it
-                parameter.grad = slot.gradient = _laid_out_as(parameter.grad, slot)
-            if not (self._is_last and self.overlap):
-                return
-            if bucket.missing == 0:
-                raise UserError(
-                    f"the gradient of {slot.name} came twice in one backward, and its bucket had "
-                    "left. Make the reducer with overlap=False."
-                )
-            bucket.missing -= 1
-            if bucket.missing == 0:
-                self._send(bucket)
-
-        return gradient_is_there
+    def _gradient_is_there(self, bucket: _Bucket, slot: _Slot) -> None:
+        """A gradient was accumulated; in the last backward its bucket may be complete."""
+        parameter = slot.parameter
+        if not self._is_inside:  # a plain backward(): `_attach` or `_check_gradients` will see it
+            return
+        assert parameter.grad is not None
+        if parameter.dtype != torch.float32:
+            self._accumulate(slot)
+        elif parameter.grad is not slot.gradient:  # else autograd has added to it
+            parameter.grad = slot.gradient = _fp32(parameter.grad, slot)
+        if not (self._is_last and self.overlap):
+            return
+        if bucket.missing == 0:
+            raise UserError(
+                f"the gradient of {slot.name} came twice in one backward, and its bucket had "
+                "left. Make the reducer with overlap=False."
+            )
+        bucket.missing -= 1
+        if bucket.missing == 0:
+            self._send(bucket)
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
@@ -273,7 +423,51 @@ class GradientReducer:
                 wires.append(slot.wire)
                 gradients.append(slot.gradient)
         ops.pack_wire_(wires, gradients, self._scale, self._overflow, summands=self.world.size)
+        bucket.sent = True
         bucket.handle = self.allreduce_async(bucket.wire, bucket.name)
+
+    @torch.no_grad()
+    def _send_flags(self) -> None:
+        """Begin the sum of what all ranks must know of each other before the optimizer moves."""
+        size, rank = self.world.size, self.world.rank
+        self._flags.zero_()
+        self._flags[:2] = self._overflow == self._codes
+        if self.wire == "fp16" and (self._until_measured == 0 or self._wire_scale.trial):
+            self._flags[2:7] = self._measure()
+        if self._wire_scale.recovers:
+            self._flags[7 + rank] = _largest(slot.gradient for slot in self._slots)
+        for slot in self._slots:
+            slot.frozen = not slot.parameter.requires_grad
+        frozen = "\n".join(slot.name for slot in self._slots if slot.frozen)
+        if frozen:
+            self._flags[7 + size + rank] = float(hash_words(frozen, 1)[0] or 1)
+        self._flags_handle = self.allreduce_async(self._flags, f"{self.name}.flags")
+
+    def _measure(self) -> Tensor:
+        """(5,): what fp16 keeps of this rank's gradients, at the scale and at the trial scale.
+
+        Elements that are not zero; those below fp16's smallest normal number; those that only the
+        trial scale makes zero; the squared error that it adds, and the squared norm.
+        """
+        scale, trial = self._wire_scale.scale, self._wire_scale.trial
+        sums = []
+        for slot in self._slots:
+            if slot.gradient is None or slot.gradient.numel() == 0:
+                continue
+            gradient = slot.gradient
+            not_zero = gradient.count_nonzero()
+            scaled = gradient * scale
+            below = (scaled.abs() < SMALLEST_NORMAL).sum() - (gradient.numel() - not_zero)
+            parts = [not_zero, below]
+            if trial:
+                lower = scaled * (trial / scale)
+                kept = lower.half().float()
+                lost = torch.where(lower.abs() < SMALLEST_NORMAL, lower - kept, 0)
+                zeroed = ((kept == 0) & (scaled.half() != 0)).sum()
+                parts += [zeroed, lost.square().sum(), lower.square().sum()]
+            sums.append(torch.stack([part.float() for part in parts]))
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(5, device=self._device)
+        return torch.nn.functional.pad(total, (0, 5 - len(total)))
 
     # -- step: the world's sum --------------------------------------------------------------------
 
@@ -288,34 +482,54 @@ class GradientReducer:
                 "optimizer.step() was called before the update's last backward. Call "
                 "reducer.backward(loss, last=True) with the last micro-batch."
             )
-        if _size(self._optimizer) != self._optimizer_size:
-            raise UserError(
-                "parameters were added to the optimizer after its reducer was made. Make the "
-                "reducer after the last add_param_group()."
-            )
+        self._check_gradients()
         for bucket in self._buckets:
             self.synchronize(bucket.handle)
-            bucket.handle = None
+            bucket.sent, bucket.handle = False, None
         self.synchronize(self._flags_handle)
-        overflowed, bad = self._flags.tolist()
+        overflowed, bad, *told = self._flags.tolist()
+        measured, by_rank = told[:5], told[5:]
+        largest, frozen = by_rank[: self.world.size], by_rank[self.world.size :]
         self._overflow.zero_()
         self._sent = False
         self._backwards = 0
         self._applied = None
+        if len(set(frozen)) > 1:
+            raise UserError(
+                "the ranks have frozen different parameters (requires_grad): rank 0 and rank "
+                f"{next(r for r, f in enumerate(frozen) if f != frozen[0])} differ. Freeze the same "
+                "ones on all ranks."
+            )
+        self._sent_scale = self._scale
         if bad:
             return self._skip()
         if overflowed:
             self._overflows += 1
             return self._send_again()
         self._bad_in_a_row = 0
-        self._applied = self._scale
-        self._good_updates += 1
-        if self._good_updates >= GROWTH_INTERVAL and self.wire == "fp16":
-            self._set_scale(min(2 * self._wire_scale, LARGEST_SCALE))
+        if self.wire == "fp16":
+            self._note_fitted(measured, max(largest))
         return "wire"
 
+    def _note_fitted(self, measured: list[float], largest: float) -> None:
+        """Keep what was measured of an update that fitted, and choose the next one's scale."""
+        not_zero, below, zeroed, lost, squared = measured
+        self._until_measured -= 1
+        if self._until_measured < 0 or self._wire_scale.trial:
+            self._until_measured = MEASURE_INTERVAL - 1
+            self._underflow = below / not_zero if not_zero else 0.0
+        harmless = zeroed <= HARMLESS * not_zero and lost <= HARMLESS**2 * squared
+        self._wire_scale.fitted(largest, harmless=harmless)
+        self._take_scale()
+
+    def _take_scale(self) -> None:
+        if self._wire_scale.scale != float(self._sent_scale):
+            # A new tensor: a step under way still divides by the old one.
+            self._scale = self._scalar(self._wire_scale.scale)
+            self._until_measured = 0
+
     def _send_again(self) -> str:
-        """Sum the gradients themselves, in fp32, and lower the scale to what would have fitted."""
+        """Sum the gradients themselves, in fp32."""
         flats = []
         for bucket in self._buckets:
             flats.append(torch.zeros_like(bucket.wire, dtype=torch.float32))
@@ -324,9 +538,8 @@ class GradientReducer:
                 if slot.gradient is not None:
                     place.copy_(slot.gradient)
                 slot.gradient, slot.parameter.grad = place, None  # not two copies of all
-        own = torch.stack([flat.abs().max() for flat in flats]).max()
         largest_by_rank = torch.zeros(self.world.size, device=self._device)
-        largest_by_rank[self.world.rank] = own
+        largest_by_rank[self.world.rank] = _largest(flats)
         self._sum(largest_by_rank, f"{self.name}.largest")
         handles = [
             self.allreduce_async(flat, f"{bucket.name}.again")
@@ -338,10 +551,8 @@ class GradientReducer:
             return self._skip()  # finite in every rank, not in sum: 2^128 is reached
         self._bad_in_a_row = 0
         if self.wire == "fp16":
-            room = 2.0**15 / (2 * self.world.size)
-            largest = max(float(largest_by_rank.max()), 2.0**-100)
-            fitting = 2.0 ** math.floor(math.log2(room / largest))
-            self._set_scale(max(min(self._wire_scale / 2, fitting), SMALLEST_SCALE))
+            self._wire_scale.sent_again(float(largest_by_rank.max()))
+            self._take_scale()
         return "fp32"
 
     def _skip(self) -> str:
@@ -364,23 +575,44 @@ class GradientReducer:
             )
         return "bad"
 
+    def _received(self) -> str:
+        """The verdict on this update's sums; the first call waits for them."""
+        if not self._verdict:
+            self._verdict = self._receive()
+        return self._verdict
+
     def _step_gradients(self) -> StepGradients:
         """What FusedSGD asks for at the start of its step."""
-        scale = self._scale
-        verdict = self._receive()
-        sums = {slot.parameter: slot.wire for slot in self._slots}
-        if verdict == "fp32":
-            sums |= {s.parameter: s.gradient for s in self._slots if s.gradient is not None}
+        verdict = self._received()
+        scale = self._clip
+        if verdict == "wire":
+            scale = self._sent_scale if self._clip is None else self._sent_scale * self._clip
+            self._applied = scale
+        again = verdict == "fp32"
+        sums = {
+            slot.parameter: slot.gradient if again and slot.gradient is not None else slot.wire
+            for slot in self._slots
+            if not slot.frozen
+        }
         self._release()
         return StepGradients(
-            grads=sums,
-            grad_scale=None if verdict == "fp32" else scale,
-            found_inf=self._one if verdict == "bad" else None,
+            grads=sums, grad_scale=scale, found_inf=self._one if verdict == "bad" else None
         )
 
     @torch.no_grad()
-    def _before_step(self) -> None:
+    def _before_step(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Give another optimizer the sum in `.grad`; without one it leaves a parameter alone."""
+        if any(value is not None for value in (*args[1:], options.get("closure"))):
+            raise UserError(
+                "optimizer.step(closure): its backward would come after the sum over the ranks. "
+                "Call reducer.backward(loss, last=True) first, then optimizer.step()."
+            )
+        if getattr(self._optimizer, "grad_scale", None) is not None:
+            raise UserError(
+                "a GradScaler steps this optimizer, and the reducer scales the wire already. Call "
+                "optimizer.step() without the scaler; for half precision use torch.autocast with "
+                "torch.bfloat16, which needs no scaler."
+            )
         given = self._step_gradients()
         if given.found_inf is not None:
             return
@@ -389,16 +621,14 @@ class GradientReducer:
             sums = {p: torch.empty_like(wire, dtype=torch.float32) for p, wire in sums.items()}
             ops.unpack_wire_(list(sums.values()), wires, given.grad_scale)
         for slot in self._slots:  # both: if the step fails, the next backward drops it
-            slot.gradient = slot.parameter.grad = sums[slot.parameter].to(slot.parameter.dtype)
+            if slot.parameter in sums:
+                slot.gradient = slot.parameter.grad = sums[slot.parameter].to(slot.parameter.dtype)
 
     def _release(self) -> None:
         """Let go of the gradients, and leave `.grad` as zero_grad() does."""
+        self._verdict, self._clip = "", None
         for slot in self._slots:
             slot.gradient = slot.parameter.grad = None
-
-    def _set_scale(self, scale: float) -> None:
-        # A new tensor: a step under way still divides by the old one.
-        self._wire_scale, self._scale, self._good_updates = scale, self._scalar(scale), 0
 
     def _scalar(self, value: float) -> Tensor:
         return torch.full((), value, device=self._device)
@@ -407,8 +637,48 @@ class GradientReducer:
         self.synchronize(self.allreduce_async(tensor, name))
 
 
-def _size(optimizer: torch.optim.Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+@dataclass(eq=False)
+class _Hook:
+    """Called by autograd when a parameter's gradient is there."""
+
+    reducer: GradientReducer
+    bucket: _Bucket
+    slot: _Slot
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.reducer._gradient_is_there(self.bucket, self.slot)
+
+
+def _form(parameter: Tensor) -> tuple[Any, ...]:
+    return parameter.dtype, parameter.device, tuple(parameter.shape), parameter.stride()
+
+
+def _sample(slot: _Slot) -> Tensor:
+    """Up to 64 elements of its gradient, as bits, so that a NaN is equal to itself."""
+    if slot.gradient is None:
+        return slot.wire.new_zeros(0, dtype=torch.int32)
+    count = min(64, slot.gradient.numel())
+    return slot.gradient.as_strided((count,), (1,)).view(torch.int32)
+
+
+def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """The modules that hold each parameter, and under which name."""
+    owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, name))
+    return owners
+
+
+def _largest(tensors: Iterable[Tensor | None]) -> Tensor | float:
+    """The largest magnitude in all of them; 0 if there is none."""
+    found = [
+        torch.linalg.vector_norm(tensor, float("inf"))
+        for tensor in tensors
+        if tensor is not None and tensor.numel()
+    ]
+    return torch.stack(found).max() if found else 0.0
 
 
 def _trained(
@@ -433,6 +703,11 @@ def _trained(
             )
         if not p.is_floating_point() or p.dtype == torch.float64:
             raise UserError(f"{name} is {p.dtype}: gradients are accumulated in float32.")
+        if any(isinstance(hook, _Hook) for hook in (p._post_accumulate_grad_hooks or {}).values()):
+            raise UserError(
+                f"{name} has a GradientReducer already. Call close() of that one first, or make "
+                "one reducer for all parameters."
+            )
     return trained
 
 
@@ -452,7 +727,7 @@ def _make_buckets(
         end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
     buckets = []
     for index, slots in enumerate(groups):
-        end = slots[-1].offset + -(-slots[-1].parameter.numel() // ALIGNMENT) * ALIGNMENT
+        end = slots[-1].offset + max(1, -(-slots[-1].parameter.numel() // ALIGNMENT)) * ALIGNMENT
         flat = torch.zeros(end, device=slots[0].parameter.device, dtype=wire)
         bucket = _Bucket(name=f"{name}.{index}", slots=slots, wire=flat)
         for slot in slots:
@@ -469,63 +744,11 @@ def _view(flat: Tensor, slot: _Slot) -> Tensor:
     return flat.as_strided(like.shape, like.stride(), slot.offset)
 
 
-def _laid_out_as(gradient: Tensor, slot: _Slot) -> Tensor:
+def _fp32(gradient: Tensor, slot: _Slot) -> Tensor:
     """`gradient`, copied only if it is not fp32 or its memory is not in the wire's order."""
     if gradient.layout != torch.strided:
         raise UserError(
             f"the gradient of {slot.name} is sparse; every weight is updated here. Make its layer "
             "with sparse=False."
         )
-    like = slot.wire
-    if gradient.dtype == torch.float32 and all(  # strides of size 1 do not matter
-        own == its or size == 1
-        for own, its, size in zip(gradient.stride(), like.stride(), like.shape, strict=True)
-    ):
-        return gradient
-    with torch.no_grad():
-        return torch.empty_like(like, dtype=torch.float32).copy_(gradient)
-
-
-def _compare_ranks(
-    trained: Sequence[tuple[str, Tensor]],
-    settings: str,
-    world: World,
-    sum_: Callable[[Tensor, str], None],
-    name: str,
-    device: torch.device,
-) -> None:
-    """Raise UserError, on all ranks, unless all have the same parameters and settings."""
-    lines = [f"{n} {tuple(p.shape)} {p.stride()} {p.dtype}" for n, p in trained]
-    # Every rank fills its own row; the sum is everyone's. 16-bit numbers are exact in fp32.
-    table = torch.zeros(world.size, 10, device=device)
-    own = [1, len(lines), *_hash(settings, 4), *_hash("\n".join(lines), 4)]
-    table[world.rank] = torch.tensor(own, dtype=torch.float32)
-    sum_(table, name)
-    rows = table.tolist()
-    if any(row[0] != 1 for row in rows):
-        raise UserError(
-            f"allreduce_async does not sum over the {world.size} ranks of `world`: a one of each "
-            f"rank came back as {[row[0] for row in rows]}. Give a sum (op=Sum), not an average."
-        )
-    counts = [int(row[1]) for row in rows]
-    if len(set(counts)) > 1:
-        raise UserError(f"the ranks' models differ: by rank they have {counts} parameters.")
-    if any(row[2:6] != rows[0][2:6] for row in rows):
-        raise UserError(
-            "the ranks' reducers differ in wire, bucket_mb or overlap. This rank has: " + settings
-        )
-    if any(row[6:] != rows[0][6:] for row in rows):
-        hashes = torch.zeros(world.size, len(lines), device=device)
-        hashes[world.rank] = torch.tensor([_hash(line, 1)[0] for line in lines])
-        sum_(hashes, f"{name}.parameters")
-        first = int((hashes != hashes[0]).any(0).float().argmax())
-        other = int((hashes[:, first] != hashes[0, first]).float().argmax())
-        raise UserError(
-            f"the ranks' models differ: parameter {first} on rank {world.rank} is {lines[first]}, "
-            f"and ranks 0 and {other} do not agree on it."
-        )
-
-
-def _hash(text: str, words: int) -> list[int]:
-    digest = hashlib.sha256(text.encode()).digest()
-    return [int.from_bytes(digest[2 * i : 2 * i + 2]) for i in range(words)]
+    return ops.laid_out_as(gradient, slot.wire, torch.float32)

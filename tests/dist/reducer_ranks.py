@@ -167,6 +167,19 @@ def disagreement():
     return errors
 
 
+def weights():
+    """Other weights on all ranks but the first: an error at the first update."""
+    model = network()
+    with torch.no_grad():
+        model.last.bias += 1e-3 * (WORLD.rank > 0)
+    reducer = make(model, sgd(model), name="weights")
+    try:
+        reducer.backward(None)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def overlap():
     """When what is sent: gradients are noted as they come, sums as they begin."""
     model = network()
@@ -205,6 +218,7 @@ CASES = {
     "nan": nan,
     "peer_optimizer": peer_optimizer,
     "disagreement": disagreement,
+    "weights": weights,
     "overlap": overlap,
 }
 

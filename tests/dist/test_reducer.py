@@ -84,7 +84,6 @@ def test_an_overflow_on_the_wire_loses_nothing(results, size):
     fp16, fp32 = (results[size][0]["overflow"][wire] for wire in ("fp16", "fp32"))
     assert fp16["stats"]["overflows"] >= 1
     assert fp16["stats"]["skipped"] == 0
-    assert fp16["stats"]["wire_scale"] < 2.0**10
     assert fp32["stats"]["overflows"] == 0
     # the huge update makes huge weights; what is lost in fp16 later is relative to them
     for name, weight in fp32["weights"].items():
@@ -121,6 +120,14 @@ def test_ranks_that_disagree_are_told_on_every_rank(results, size):
         assert "the ranks' models differ: parameter" in shapes
         assert "last.weight" in shapes
         assert "the ranks' reducers differ in wire, bucket_mb or overlap" in settings
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_begin_with_different_weights_are_told_on_every_rank(results, size):
+    for rank in results[size]:
+        others = "rank 1" if size == 2 else "ranks 1, 2"
+        assert f"last.bias differs between rank 0 and {others}" in rank["weights"]
+        assert "hvd.broadcast_parameters" in rank["weights"]
 
 
 @pytest.mark.parametrize("size", SHARES)

@@ -15,11 +15,11 @@ MODULES = {
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "data.order", "data.cuts", "ops", "stop"},
+    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "wire_scale"},
     {"run_lock", "launcher", "append_file"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
-    {"recipe", "optim", "models", "comm", "state"},
+    {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
     {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table"},
     {"metrics", "sampler"},
     {"training"},
@@ -45,6 +45,7 @@ USERS_OF_COMM = {
 PURE = {  # the standard library, and what is named
     "errors": set(),
     "world": set(),
+    "wire_scale": set(),
     "data.order": {"numpy"},
     "data.cuts": {"numpy"},
     "plain_yaml": {"yaml"},

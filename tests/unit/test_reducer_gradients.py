@@ -89,7 +89,7 @@ def test_gradients_wherever_they_lie_give_torchs_update(
     for own, its in zip(model.parameters(), twin.parameters(), strict=True):
         assert own.grad is None
         torch.testing.assert_close(own, its, rtol=0, atol=20 * tolerance)
-    assert reducer.stats()["overflows"] == (size == LARGE and wire == "fp16")
+    assert reducer.stats()["overflows"] == (2 if size == LARGE and wire == "fp16" else 0)
 
 
 def test_a_gradient_is_neither_copied_nor_kept():
