@@ -89,8 +89,7 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   for_each_share(params, [&](size_t i, int64_t first, int64_t count) {
     const SgdSpan span{reinterpret_cast<float*>(address(params[i], first)),
                        const_address(grads[i], first),
-                       reinterpret_cast<float*>(maybe(momenta, i, first)),
-                       count};
+                       reinterpret_cast<float*>(maybe(momenta, i, first)), count};
     kernels.sgd[static_cast<int>(form_of(grads[i]))](span, scale, settings);
   });
 }

@@ -22,8 +22,7 @@ void fused_sgd_(TensorList params, TensorList grads, TensorList momenta, double 
   const c10::cuda::CUDAGuard guard(params[0].device());
   std::vector<SgdTensor> tensors(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    tensors[i] = {params[i].mutable_data_ptr<float>(),
-                  grads[i].const_data_ptr(),
+    tensors[i] = {params[i].mutable_data_ptr<float>(), grads[i].const_data_ptr(),
                   momenta.empty() ? nullptr : momenta[i].mutable_data_ptr<float>(),
                   params[i].numel(), form_of(grads[i])};
   }
