@@ -346,6 +346,8 @@ def abort(code: int) -> None:
     sys.stderr.flush()
     if hvd.size() == 1:
         hvd.shutdown()  # there is no other rank, and MPI_Abort prints eight lines below the reason
+        if not _GLOO:
+            _end_mpi()
     elif not _GLOO:
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # under Gloo the launcher ends the other ranks when one has failed

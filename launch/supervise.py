@@ -49,9 +49,10 @@ LINE = re.compile(
     rb"\[\S+:\d+\] (\d+ more process(es)? ha(s|ve) sent help message|"
     rb"Set MCA parameter \"orte_base_help_aggregate\"|.*ORTE_ERROR_LOG: .*show_help\.c)|"
     rb"srun: error: \S+: tasks? \S+: (Exited with exit code \d+|Terminated)|"
-    rb"srun: .*Terminating StepId=|slurmstepd: error: \*\*\* STEP \S+ ON \S+ CANCELLED AT|"
+    rb"srun: .*Terminat(ing|ed) StepId=|slurmstepd\S*: error: \*\*\* STEP \S+ ON \S+ CANCELLED AT|"
     rb"srun: Job step aborted: Waiting up to"
 )
+EXITED = re.compile(rb"srun: error: .* Exited with exit code (\d+)")
 HOLDABLE = re.compile(
     rb"-+$|\[[^\],:]*(:\d*(\](?!<).*)?)?$|s($|r|l)"
 )  # the start of a line that may match
@@ -73,6 +74,7 @@ class Screen:
         self._held = b""
         self._reason = b""
         self._after = False  # whether other lines have come after the reason
+        self._first = 0  # the exit code that srun was told first
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
@@ -101,6 +103,8 @@ class Screen:
             self._rule = line
         elif LINE.match(line):
             self._held += line
+            if (found := EXITED.match(line)) and not self._first:
+                self._first = int(found[1])
         else:
             self._show(self._rule + line)
             self._rule = b""
@@ -113,15 +117,22 @@ class Screen:
         elif line.strip():
             self._after = True
 
-    def end(self, code: int) -> None:
-        """Show what was held back, unless it is known why the ranks ended with this code."""
+    def end(self, code: int) -> int:
+        """Show what was held back, unless it is known why the ranks ended with this code.
+
+        Gives the code to end with: srun's is the largest of all ranks', and so that of those which it
+        has ended because one had failed.
+        """
         if self._rest:
             self._line(self._rest)
         self._show(self._rule)
+        if code in (128 + signal.SIGTERM, 128 + signal.SIGKILL) and self._first:
+            code = self._first
         if not (code in EXPLAINED or (code == 1 and self._reason)):
             self._write(self._held)
         elif code == 2 and self._reason and self._after:
             self._write(self._reason + b"\n")
+        return code
 
 
 def adopt_orphans() -> None:
@@ -236,9 +247,7 @@ def guard(command: list[str], supervisor: int) -> int:
             screen.feed(data)
         else:
             selector.unregister(key.fd)
-    code = code if code >= 0 else 128 - code
-    screen.end(code)
-    return code
+    return screen.end(code if code >= 0 else 128 - code)
 
 
 def written(data: bytes) -> None:

@@ -71,12 +71,14 @@ class Slurm:
 
     environment: dict[str, str]
 
-    def run(self, *words: str | Path, timeout: float = 600, **variables: str) -> str:
+    def run(
+        self, *words: str | Path, timeout: float = 600, cwd: Path = ROOT, **variables: str
+    ) -> str:
         """Run a command of Slurm, or a script; it must end with 0. Gives what it wrote."""
         ended = subprocess.run(
             [str(word) for word in words],
             env=self.environment | variables,
-            cwd=ROOT,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -44,8 +44,9 @@ MORE = """\
 """
 SRUN = """\
 srun: error: node1: tasks 0-1: Exited with exit code 2
-srun: Terminating StepId=64.0
-slurmstepd: error: *** STEP 64.0 ON node1 CANCELLED AT 2026-11-25T15:11:00 ***
+srun: launch/slurm: _step_signal: Terminating StepId=64.0
+srun: Force Terminated StepId=64.0
+slurmstepd-node1: error: *** STEP 64.0 ON node1 CANCELLED AT 2026-11-25T15:11:00 ***
 """
 REASON = "hvd_lbt: Recipe digtis: there is no shipped recipe of this name.\n"
 TAG = "[1,0]<stderr>:"
@@ -68,6 +69,7 @@ def shown(text: str, code: int, step: int = 10**6) -> str:
         (REASON + ABORT + MORE, 2, REASON),
         (TAG + REASON + MORE + NOT_ZERO, 2, TAG + REASON),
         (REASON + SRUN, 2, REASON),
+        (REASON + SRUN, 143, REASON),
         (NOT_ZERO, 75, ""),
         ("stopped\n" + ABORT, 74, "stopped\n"),
         # the last word is the reason's, also if something else came after it
@@ -75,7 +77,7 @@ def shown(text: str, code: int, step: int = 10**6) -> str:
         # of exit codes that nobody has explained the launcher's text is all there is
         (NOT_ZERO, 3, NOT_ZERO),
         (NOT_ZERO, 1, NOT_ZERO),
-        (SRUN, 1, SRUN),
+        (SRUN.replace("code 2", "code 3"), 3, SRUN.replace("code 2", "code 3")),
         ("hvd_lbt: rank 1 on n failed:\nTraceback\n" + ABORT, 1, "hvd_lbt: rank 1 on n failed:\nTraceback\n"),
         # a signal is always news, and so is what only begins like a block
         (SIGNAL, 137, SIGNAL),
