@@ -25,19 +25,20 @@ unshare --net --uts bash -c '
 until [[ -e apart ]]; do sleep 0.1; done
 ip link add net0 type veth peer name net0 netns $!
 ip address add 10.77.0.1/24 dev net0 && ip link set net0 up
+until (: >/dev/tcp/10.77.0.2/2222) 2>/dev/null; do sleep 0.1; done
 exec "$@"
 """
 FILES = {
     "hosts": "127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n",
     "ssh_config": "IdentityFile {folder}/key\nUserKnownHostsFile {folder}/known_hosts\n"
-    "LogLevel ERROR\n",
+    "LogLevel ERROR\nHost node2\nPort 2222\n",
     "sshd_config": "Port 2222\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/key.pub\n"
     "StrictModes no\nPasswordAuthentication no\nPidFile none\n",
 }
 
 
-def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
-    """Run a command on node1, from where node2 is reached by ssh."""
+def begin_on_two_nodes(folder: Path, launch: list, **variables: str) -> Launch:
+    """Begin a command on node1, from where node2 is reached by ssh."""
     missing = [name for name in (SSHD, "ip", "ssh-keygen", "unshare") if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (apt-get install …)")
@@ -61,7 +62,12 @@ def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
         text=True,
         start_new_session=True,
     )
-    ended = Launch(process, timeout=300).wait()
+    return Launch(process, timeout=300)
+
+
+def on_two_nodes(folder: Path, launch: list, **variables: str) -> Ended:
+    """Run a command on node1; it must end with 0."""
+    ended = begin_on_two_nodes(folder, launch, **variables).wait()
     assert ended.code == 0, ended.output[-4000:] + (folder / "sshd.log").read_text()
     assert "Accepted publickey for root from 10.77.0.1" in (folder / "sshd.log").read_text()
     return ended
