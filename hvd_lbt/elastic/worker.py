@@ -80,6 +80,7 @@ class Membership:
             world = comm.init(device=answer["slot"])
             if world.size == 1 or self._is_among_workers():
                 break
+            comm.disconnect()  # or the end of this world waits for a stranger
             comm.leave()
         self._rank = world.rank
         self._wanted = {"regroup": False, "stop": False, "lost": False}
