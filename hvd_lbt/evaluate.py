@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvd_lbt import checkpoint, comm, ops
+from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.samples import batch_maker
 from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError

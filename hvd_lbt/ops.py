@@ -6,6 +6,7 @@ operator raises `UserError` with the command that builds it; the twins always wo
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from hvd_lbt.errors import UserError
 
 try:
-    from hvd_lbt import _C  # noqa: F401  (it registers the operators)
+    import_module("hvd_lbt._C")  # it registers the operators
 except ImportError as error:
     _missing: ImportError | None = error
 else:

@@ -9,7 +9,8 @@ from typing import Any
 
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
-from hvd_lbt.data.samples import Batch, batch_maker
+from hvd_lbt.data.batches import batch_maker
+from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic

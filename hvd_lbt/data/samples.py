@@ -1,6 +1,5 @@
-"""The stream of training samples, what a batch is, and who makes it: DALI, or the device's memory."""
+"""The stream of training samples, and what a batch of them is."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,6 @@ from torch import Tensor
 from hvd_lbt.data.cuts import DRAWS
 from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
 from hvd_lbt.data.store import Store
-from hvd_lbt.recipe import DataRecipe
 
 LEFT_OUT = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
 
@@ -35,14 +33,3 @@ class TrainSamples:
             for epoch, position, length in stream_ranges(first, count, len(self.store))
         ]
         return np.concatenate(pieces)
-
-
-def batch_maker(data: DataRecipe) -> ModuleType:
-    """The module whose `train_batches` and `evaluation_batches` make this recipe's batches."""
-    if data.cache_on_device:
-        from hvd_lbt.data import on_device
-
-        return on_device
-    from hvd_lbt.data import pipeline  # needs DALI
-
-    return pipeline

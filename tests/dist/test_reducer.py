@@ -138,12 +138,3 @@ def test_sums_begin_while_backward_runs_and_only_in_the_last(results, size):
     sends = [index for index, word in enumerate(story) if word.startswith("send gradient.")]
     gradients = [index for index, word in enumerate(story) if word.startswith("first.")]
     assert min(sends) < max(gradients)  # the last layer's bucket left before the first layer's came
-
-
-def test_the_example_of_the_docs_learns(ranks):
-    example = Path(__file__).parents[2] / "docs/example_reducer.py"
-    assert len(example.read_text().splitlines()) <= 60
-    told = {ranks(size, example).rpartition("accuracy of the last batch ")[2] for size in (1, 2)}
-    for line in told:
-        assert float(line.split(",")[0]) > 0.95
-        assert "'skipped': 0" in line

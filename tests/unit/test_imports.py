@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ MODULES = {
     ".".join(("hvd_lbt", *file.relative_to(PACKAGE).with_suffix("").parts)): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
+TOP = "hvd_lbt.__init__"
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
@@ -32,6 +34,7 @@ LAYERS = [
     {"__main__"},
 ]
 USERS_OF_COMM = {
+    "__init__",  # the public names
     "reducer",
     "sampler",
     "train",
@@ -63,9 +66,10 @@ def imports(name: str, *, everywhere: bool = True) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} has a relative import"
-            found.add(node.module or "")
-            if node.module and node.module.split(".")[0] == "hvd_lbt":
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if name in MODULES}
+            if not names <= set(MODULES):  # more than files of the package: the package itself
+                found.add(node.module or "")
     return found
 
 
@@ -80,11 +84,10 @@ def layer(name: str) -> int:
 
 
 def own(name: str) -> set[str]:
-    """The modules of this package that a module imports."""
-    return {found for found in imports(name) if found in MODULES and found != "hvd_lbt"}
-
-
-TOP = "hvd_lbt.__init__"
+    """The modules of this package that a module imports; a package's is its __init__."""
+    found = imports(name)
+    found |= {f"{package}.__init__" for package in found}
+    return found & set(MODULES) - {TOP}
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {TOP}))
@@ -132,3 +135,13 @@ def test_importing_the_schedule_loads_nothing_else():
     )  # -S: without site-packages, numpy included
     packages = {loaded.split(".")[0] for loaded in ended.stdout.split()}
     assert packages - sys.stdlib_module_names == {"__main__", "hvd_lbt"}
+
+
+def test_no_circle_between_files():
+    """Also imports inside of functions count; a package's __init__ is the files it imports."""
+    graph = {name: own(name) - {name} for name in MODULES if name != TOP}
+    order = TopologicalSorter(graph)
+    try:
+        order.prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
