@@ -426,7 +426,8 @@ def _is_key(word: str) -> bool:
 def _reason(details: Any) -> str:
     """One sentence for one of pydantic's errors: section.key, the value, what is allowed."""
     location = details["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:60]}" for part in location)
+    where = "".join(parts)[1:]
     kind, value = details["type"], details["input"]
     if kind in UNKNOWN_KEY:
         allowed = _keys_at(location[:-1])
@@ -491,7 +492,7 @@ def _sections_in(annotation: Any) -> Iterator[Any]:
 
 
 def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(allowed), n=1)
+    close = difflib.get_close_matches(word[:60], list(allowed), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 

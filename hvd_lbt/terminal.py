@@ -35,6 +35,18 @@ def console(*, stderr: bool = False, live: bool | None = None) -> "Console":
     return Console(stderr=stderr, markup=False, emoji=False, width=WIDTH, force_terminal=False)
 
 
+def say(console: "Console", text: str) -> None:
+    """Print a line with names in it, as long as it is."""
+    console.print(printable(text), highlight=False, soft_wrap=True)
+
+
+def description(text: str) -> str:
+    """What a progress bar calls its work: its columns read markup whatever the console does."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
 def escape_what_cannot_be_encoded() -> None:
     """Make output in another encoding than the text's an escape, not an exception."""
     for stream in (sys.stdout, sys.stderr):

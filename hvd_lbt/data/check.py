@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from hvd_lbt import terminal
 from hvd_lbt.arguments import threads
 from hvd_lbt.data.formats import (
     SUMS_FILE,
@@ -56,9 +55,9 @@ def main(args: argparse.Namespace) -> int:
         its.errors += _compare_sums(store.index, its.errors)
     for split, its in findings.items():
         for line in its.errors:
-            print(line)
+            print(terminal.printable(line))
         for line in its.lines():
-            print(f"{split}: {line}")
+            print(terminal.printable(f"{split}: {line}"))
     bad = sum(len(its.errors) for its in findings.values())
     print(f"{sum(map(len, stores)):,} images, {bad:,} bad")
     return int(any(its.questionable() for its in findings.values()))
@@ -120,12 +119,12 @@ def check(store: Store, data: DataRecipe) -> list[SampleError]:
     """
     store = CHECKED.get(store.index.kind, lambda its: its)(store)
     bad: list[SampleError] = []
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(escape(f"decoding {store.index.root}"), total=len(store))
+        task = bar.add_task(terminal.description(f"decoding {store.index.root}"), total=len(store))
         starts = range(0, len(store), MICRO_BATCH)
         ranges = [(at, min(MICRO_BATCH, len(store) - at)) for at in starts]
         for batch in evaluation_batches(

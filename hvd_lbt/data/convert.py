@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from rich.console import Console
 from rich.progress import Progress
 
+from hvd_lbt import terminal
 from hvd_lbt.arguments import count, threads
 from hvd_lbt.data.formats import (
     SCANS,
@@ -91,14 +91,16 @@ def convert(
         "samples": {split: len(store) for split, store in stores.items()},
         "classes": hashlib.sha256("\n".join(train.classes).encode()).hexdigest(),
     }
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = terminal.console(stderr=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _begin_or_go_on(out, about)
         (out / CLASSES_FILE).write_text("".join(f"{name}\n" for name in train.classes), "utf-8")
         for split, store in stores.items():
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-                task = bar.add_task(f"writing {out / split}", total=len(store))
+                task = bar.add_task(
+                    terminal.description(f"writing {out / split}"), total=len(store)
+                )
                 kept = written = 0
                 with ThreadPoolExecutor(jobs) as threads:
                     shards = Shards(store, out / split, split, form)
@@ -116,10 +118,11 @@ def convert(
                     except BaseException:
                         threads.shutdown(cancel_futures=True)
                         raise
-            console.print(
+            terminal.say(
+                console,
                 f"{out / split}: {len(store):,} images, {written} shards written"
                 + (f", {kept} were there" if kept else "")
-                + f"; checked against {store.index.root} and listed in {SUMS_FILE}"
+                + f"; checked against {store.index.root} and listed in {SUMS_FILE}",
             )
     except OSError as error:
         raise UserError(

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from hvd_lbt import terminal
 from hvd_lbt.data.digits import cache_folder
 from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, Findings, SplitError
 from hvd_lbt.data.formats import findings as found
@@ -44,7 +45,6 @@ SCANNERS = 16  # folders or shards read at the same time: their disks' latency i
 # Data that changed so shortly before the index was made may have changed again within one tick of
 # its clock (1 s on some network storage): that index is not trusted a second time.
 TICK = 2.0
-PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
 class Names:
@@ -227,9 +227,9 @@ def _times_of(source: Source, folders: Iterable[str]) -> list[list[int]]:
 
 def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[[], None]) -> Index:
     began, begun = time.perf_counter(), time.time()
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if why:
-        console.print(f"Indexing {source.root} anew: {why}.", **PLAIN)
+        terminal.say(console, f"Indexing {source.root} anew: {why}.")
     index = _index_of(source, _scan_all(source, timeout, beat, console))
     about = {
         "fingerprint": source.fingerprint(),
@@ -254,14 +254,14 @@ def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
-    console.print(
+    terminal.say(
+        console,
         f"Indexed {source.root}: {len(index):,} images, {len(index.token_names):,} classes, "
         f"{source.kind}, in {time.perf_counter() - began:.1f} s; kept in {file}",
-        **PLAIN,
     )
     index.findings.merge(source.findings)
     for line in index.findings.lines():
-        console.print(f"{source.root.name}: {line}", **PLAIN)
+        terminal.say(console, f"{source.root.name}: {line}")
     return index
 
 
@@ -281,7 +281,7 @@ def _scan_all(
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(f"indexing {source.root}", total=len(scans))
+        task = bar.add_task(terminal.description(f"indexing {source.root}"), total=len(scans))
         pending, before, moved = set(scans), -1, time.monotonic()
         while pending:
             done, pending = wait(pending, timeout=0.5)
