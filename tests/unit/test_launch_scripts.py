@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,22 @@ def test_mpi_passes_the_environment_on_but_not_what_describes_this_machine(copy)
     names = {words[i + 1] for i, word in enumerate(words) if word == "-x"}
     assert names >= passed | {"PATH", "OMP_NUM_THREADS"}
     assert not names & kept
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["--help"], ["no/folder/x.json"]])
+def test_gpu_check_takes_one_file(words):
+    code, output, errors = run(ROOT, "launch/gpu_check", *words)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"launch/gpu_check: {' '.join(words)}: one file to write is needed")
+
+
+def test_other_scripts_that_are_not_set_up_name_the_command(copy):
+    shutil.rmtree(copy / ".venv")
+    code, _, errors = run(copy, "launch/sanitize")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "is not set up. Run launch/setup first." in errors
+    bare = copy / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    code, _, errors = run(copy, "launch/gpu_check", PATH=f"{bare}/bin:{os.environ['PATH']}")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "has no PyTorch. Run launch/setup" in errors
