@@ -92,12 +92,13 @@ def init(device: int | None = None) -> World:
     global _world
     _start_watchdog()
     launcher.watch()
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(_open_files().values())
     with _WaitingFor("the start of all ranks"):
         if not _GLOO:
             _start_mpi()
         hvd.init()
-    _opened[:] = _connected(int(name) for name in os.listdir("/proc/self/fd") if name not in before)
+    opened = {number: file for number, file in _open_files().items() if file not in before}
+    _opened[:] = _connected(opened)
     world = _here(device)
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
@@ -315,6 +316,18 @@ def disconnect() -> None:
         with suppress(OSError), _socket(number) as connection:
             if _ends(connection) == (own, other):  # else the number is another file's by now
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def _open_files() -> dict[int, str]:
+    """This process's file descriptors and what each is, such as socket:[4711].
+
+    A number alone says nothing: one that the last world has closed is soon given to a new connection.
+    """
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
 
 
 def _connected(numbers: Iterable[int]) -> Iterator[tuple[int, str, str]]:

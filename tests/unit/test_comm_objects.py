@@ -118,3 +118,17 @@ def test_only_connections_of_this_world_are_reported_and_ended(monkeypatch):
         assert stranger.recv(1) == b"x"
         os.close(read)
         os.close(write)
+
+
+def test_a_connection_on_a_number_that_was_used_before_is_a_new_one():
+    """The last world's sockets are closed while the next one opens its own on the same numbers."""
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0))))
+        old = socket.create_connection(server.getsockname())
+        number = old.fileno()
+        before = set(comm._open_files().values())
+        old.close()
+        new = stack.enter_context(closing(socket.create_connection(server.getsockname())))
+        assert new.fileno() == number  # the lowest free one
+        opened = {n: file for n, file in comm._open_files().items() if file not in before}
+        assert number in {n for n, _, _ in comm._connected(opened)}
