@@ -49,7 +49,7 @@ class _Slot:
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)  # where the model has it
     form: tuple[Any, ...] = field(init=False)  # dtype, device, sizes, strides
     frozen: bool = False  # in this update
-    version: int = -1  # of the gradient after the last backward
+    version: int = -1  # of the gradient when it was packed
     wire: Tensor = field(init=False)  # view of the bucket's, with the parameter's sizes and strides
     gradient: Tensor | None = None  # fp32, this rank's of this update so far; laid out as the wire
 
@@ -216,8 +216,6 @@ class GradientReducer:
                 if not bucket.sent:
                     self._send(bucket)
             self._send_flags()
-            for slot in self._slots:
-                slot.version = -1 if slot.gradient is None else slot.gradient._version
             self._samples = [_sample(slot).clone() for slot in self._sampled]
             self._sent = True
             if not self._compared:  # before the first update moves them
@@ -422,6 +420,7 @@ class GradientReducer:
             else:
                 wires.append(slot.wire)
                 gradients.append(slot.gradient)
+                slot.version = slot.gradient._version  # what changes it from here on is too late
         ops.pack_wire_(wires, gradients, self._scale, self._overflow, summands=self.world.size)
         bucket.sent = True
         bucket.handle = self.allreduce_async(bucket.wire, bucket.name)

@@ -119,6 +119,16 @@ def test_gradients_changed_after_they_were_sent_are_refused(kind, overlap, edit)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_hook_that_changes_a_gradient_after_it_was_packed_is_refused(kind):
+    """Registered after the reducer's own, it runs when the bucket has left."""
+    model, optimizer, reducer = setting(kind)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: (p.grad.mul_(2), None)[1])
+    reducer.backward(loss_of(model))
+    with pytest.raises(UserError, match=r"the gradient of 0\.weight was changed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("wire", ["fp32", "fp16"])
 @pytest.mark.parametrize("size", [1.0, 1e6])
 @pytest.mark.parametrize("max_norm", [1e-3, 1e9])
