@@ -40,8 +40,9 @@ def test_mpi_passes_the_environment_to_another_node(tmp_path):
 def test_a_killed_launcher_leaves_no_rank_on_another_node(tmp_path):
     out = tmp_path / "run"
     words = train(*SMALL, "schedule.epochs=900", "schedule.milestones=[]", out=out)[2:]
-    # in the background: the first process of a namespace takes all others with it
-    in_background = ["bash", "-c", '"$@" & wait; sleep 1000', "bash"]
+    # In the background of a shell that collects orphans, as init does: the first process of a
+    # namespace takes all others with it.
+    in_background = ["bash", "-c", '"$@" & while :; do sleep 1; done', "bash"]
     command = [*in_background, ROOT / "launch/nodes", "node1:1,node2:1", *words]
     launch = begin_on_two_nodes(tmp_path, command, SSH_PORT="2222", INTERFACE="net0")
     launch.until_logged(out, '"event": "update"')
