@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,6 +159,7 @@ def _load(file: Path, source: Source, asked: float) -> tuple[Index | None, str]:
     try:
         with file.open("rb") as stream, np.load(stream) as stored:
             about = json.loads(stored["about"].tobytes())
+            about["verified"] = os.fstat(stream.fileno()).st_mtime
             arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None, ""
@@ -180,8 +181,12 @@ def _load(file: Path, source: Source, asked: float) -> tuple[Index | None, str]:
         findings=findings,
         nested=tuple(about["nested"]),
     )
+    began = time.time()
     if source.kind == "folder" and not _listed_as_before(source, index, about):
         return None, f"the data changed since {file} was made"
+    if about["verified"] < _newest(source, 2) + TICK < began:
+        with suppress(OSError):  # of another user: it is listed again the next time
+            os.utime(file, (began, began))
     return index, ""
 
 
@@ -193,15 +198,16 @@ def _newest(source: Source, column: int) -> float:
 def _listed_as_before(source: Source, index: Index, about: dict[str, Any]) -> bool:
     """Whether class folders still hold what the index says, where their times do not tell.
 
-    That is where the ctime is as young as TICK when the index was made, though the mtime is old
-    (it was set back by tar or rsync): these folders are listed again. And where there are folders
-    below class folders, whose times must be what they were.
+    That is where the ctime was as young as TICK when the index was made, though the mtime is old
+    (it was set back by tar or rsync): these folders are listed again, once they are older than
+    TICK for the last time. And where there are folders below class folders, whose times must be
+    what they were.
     """
     if about["nested_times"] != _times_of(source, index.nested):
         return False
     starts = np.searchsorted(index.tokens, np.arange(len(source.parts) + 1))
     for number, (part, (_, _, ctime)) in enumerate(zip(source.parts, source.stats, strict=True)):
-        if about["begun"] < ctime / 1e9 + TICK:
+        if about["verified"] < ctime / 1e9 + TICK:
             now = ClassFiles()
             try:
                 scan_class(source.root / part, now)
@@ -251,6 +257,7 @@ def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[
     try:
         with scratch.open("wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]  # a name could be allow_pickle
+        os.utime(scratch, (begun, begun))  # when the folders were last known to be as it says
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)

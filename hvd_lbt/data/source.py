@@ -117,11 +117,13 @@ def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
         asked.append(Path(entry.path))
         about = _fresh_stat(entry.path)
         other = same.setdefault((about.st_dev, about.st_ino), entry.name)
-        if other != entry.name:
+        if other != entry.name and kind == "folder":
             raise UserError(
-                f"{printable(entry.path)} and {printable(other)} are one {kind} under two names: "
-                "their samples would count twice. Remove one."
+                f"{printable(entry.path)} and {printable(other)} are one folder under two names: "
+                "its images would have two classes. Remove one."
             )
+        if other != entry.name:
+            seen.findings.add(found.SAME_FILE, f"{entry.name} is {other}")
         size = 0 if kind == "folder" else about.st_size
         stats.append((size, about.st_mtime_ns, about.st_ctime_ns))
     return Source(

@@ -14,6 +14,7 @@ from data_sets import Example, encoded, recordio, write_folder, write_shards
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hvd_lbt.cli import main
+from hvd_lbt.data import index as index_module
 from hvd_lbt.data.formats import SplitError
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import UserError
@@ -429,7 +430,8 @@ def test_shards_that_are_none(shard):
     refused(data, "b.tar is a link to 'nowhere', which is not there")
     (data / "train/b.tar").unlink()
     (data / "train/b.tar").symlink_to("a.tar")
-    refused(data, "b.tar and a.tar are one webdataset under two names")
+    line = "1 shard that is another under a second name: its samples count twice (b.tar is a.tar)"
+    assert line in named(opened(data))
     (data / "train/b.tar").unlink()
     os.mkfifo(data / "train/b.tar")
     assert "skipped: 1 pipe, socket or device (b.tar)" in named(opened(data))
@@ -607,6 +609,26 @@ def test_a_shard_replaced_with_its_size_and_time_is_seen(shard):
     shard(tar_of(changed))
     age(data)
     assert open_train_split(data).labels[0] == 2
+
+
+def test_folders_with_young_ctimes_are_listed_again_once(classes, monkeypatch):
+    age(classes)  # the mtimes are old, the ctimes are not
+    open_train_split(classes)
+    listed = []
+    scan = index_module.scan_class
+    monkeypatch.setattr(
+        index_module, "scan_class", lambda folder, into: listed.append(folder) or scan(folder, into)
+    )
+    monkeypatch.setattr(index_module, "TICK", 1e9)  # still young
+    for count in (2, 4):
+        open_train_split(classes)
+        assert len(listed) == count
+    monkeypatch.setattr(index_module, "TICK", 0.0)
+    file = classes / ".hvd_lbt/train.npz"
+    os.utime(file, (1e9, 1e9))  # as if the index had been made before the ctimes
+    for _ in range(2):
+        open_train_split(classes)
+        assert len(listed) == 6
 
 
 def test_a_chmod_alone_costs_an_index_and_changes_nothing(classes):

@@ -59,6 +59,11 @@ ODD_END = Reason(
     "tars with another number of zeros at their ends than tar writes: parts may be lost",
     "warning",
 )
+SAME_FILE = Reason(
+    "shard that is another under a second name: its samples count twice",
+    "shards that are others under a second name: their samples count twice",
+    "warning",
+)
 NOT_LISTED = Reason(
     "shard with records that its .idx does not list",
     "shards with records that their .idx does not list",

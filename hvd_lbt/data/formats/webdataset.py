@@ -102,8 +102,6 @@ class _Shard:
             if reason is not None:
                 self._beside(key, path, reason)
                 return
-        if not size:
-            raise self.error(f"has the empty image {path!r} at byte {at:,}")
         image = (at, offset, size, suffix)
         if self.images.setdefault(key, image) is not image:
             self.further.setdefault(key, []).append(image)
