@@ -38,8 +38,8 @@ try:
     if not _GLOO:
         import mpi4py
 
-        # MPI starts in init() and ends in shutdown(), where waiting for a rank can be watched:
-        # mpi4py's own calls keep the GIL, and so the watchdog, waiting too.
+        # mpi4py's own MPI_Init and MPI_Finalize keep the GIL while they wait for all ranks, and the
+        # watchdog waiting too: _start_mpi, below, and _end_mpi call them.
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     import horovod.torch as hvd
@@ -94,8 +94,6 @@ def init(device: int | None = None) -> World:
     launcher.watch()
     before = set(_open_files().values())
     with _WaitingFor("the start of all ranks"):
-        if not _GLOO:
-            _start_mpi()
         hvd.init()
     opened = {number: file for number, file in _open_files().items() if file not in before}
     _opened[:] = _connected(opened)
@@ -131,10 +129,12 @@ def _start_mpi() -> None:
     """MPI_Init, without the GIL."""
     if MPI.Is_initialized():
         return
+    _start_watchdog()
     provided = ctypes.c_int()
-    ctypes.CDLL(MPI.__file__).MPI_Init_thread(
-        None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)
-    )
+    with _WaitingFor("the start of all ranks"):
+        ctypes.CDLL(MPI.__file__).MPI_Init_thread(
+            None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)
+        )
     atexit.register(_end_mpi)
 
 
@@ -364,3 +364,7 @@ def abort(code: int) -> None:
     elif not _GLOO:
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # under Gloo the launcher ends the other ranks when one has failed
+
+
+if not _GLOO:
+    _start_mpi()
