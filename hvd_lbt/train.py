@@ -135,6 +135,32 @@ class _Run:
         self.log.end(reason, updates_done)
 
 
+def _begin(
+    recipe: Recipe,
+    plan: Plan,
+    updates: Sequence[Update],
+    classes: Sequence[str],
+    world: World,
+    state: dict[str, Any] | None,
+) -> Training:
+    """The training with the weights of `state`, or new ones: the same on all ranks."""
+    cuts = recipe.layout.model_dump()
+    training = make_training(
+        recipe,
+        len(classes),
+        world=world,
+        device=local_device(world),
+        graphs=len({tuple(size) for _, *size in micro_batch_ranges(updates, world, **cuts)}),
+    )
+    if has_single_samples(plan, recipe.layout.ghost_batch):
+        check_one_sample(training.model, recipe.data.image_size)
+    if state:
+        training.load_state_dict(state)
+    comm.broadcast_(training.model.state_dict())
+    training.model.train()
+    return training
+
+
 def train(
     recipe: Recipe,
     *,
@@ -167,20 +193,7 @@ def train(
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
     cuts = recipe.layout.model_dump()
 
-    training = make_training(
-        recipe,
-        len(train_store.classes),
-        world=world,
-        device=local_device(world),
-        graphs=len({tuple(size) for _, *size in micro_batch_ranges(updates, world, **cuts)}),
-    )
-    if has_single_samples(plan, recipe.layout.ghost_batch):
-        check_one_sample(training.model, recipe.data.image_size)
-    if state:
-        training.load_state_dict(state)
-    comm.broadcast_(training.model.state_dict())
-    training.model.train()
-
+    training = _begin(recipe, plan, updates, train_store.classes, world, state)
     best_top1 = state["best_top1"] if state else -1.0
     run = _Run(
         recipe=recipe,
