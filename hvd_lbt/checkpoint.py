@@ -27,6 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from hvd_lbt.data.identity import Identity, same_at_resume
 from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe, recipe_of
 from hvd_lbt.run_lock import RunLock
@@ -194,11 +195,13 @@ def load_newest(folder: Path, *, set_aside: bool = False) -> dict[str, Any] | No
     return None
 
 
-def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dict[str, Any] | None:
-    """Open the folder of a run; the state to go on from, or None for a fresh run.
+def open_run(
+    out: Path, recipe: Recipe, splits: Mapping[str, Identity], resume: bool
+) -> dict[str, Any] | None:
+    """Open the folder of a run; the state to resume from, or None for a fresh run.
 
-    Raises UserError if the folder holds a run and `resume` is not asked for, if there is nothing to
-    resume, or if that run had other settings or another number of training images.
+    splits: what `data.identity` says of `train` and `test`. Raises UserError if the folder holds a
+    run and `resume` is not asked for, or if that run had other settings or other data.
     """
     if not resume and ((out / "metrics.jsonl").exists() or checkpoint_files(out / "checkpoints")):
         raise UserError(
@@ -214,11 +217,14 @@ def open_run(out: Path, recipe: Recipe, train_samples: int, resume: bool) -> dic
                 f"{out} was trained with another recipe: {changes}. Resume with the same recipe and "
                 "--set values, or choose another --out."
             )
-        if state["train_samples"] != train_samples:
+        count = int(splits["train"]["count"])
+        if state["train_samples"] != count:
             raise UserError(
                 f"{out} was trained on {state['train_samples']:,} images, and this training folder "
-                f"has {train_samples:,}. Resume with the same --data, or choose another --out."
+                f"has {count:,}. Resume with the same --data, or choose another --out."
             )
+        if said := same_at_resume(state, splits, str(out)):
+            print(f"{out}: {said}", flush=True)
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
     folder, file = out / "checkpoints", out / "recipe.yaml"
     try:
@@ -333,16 +339,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write a checkpoint's weights alone, as torch.save of a state_dict with torchvision's names."""
+    """Write a checkpoint's weights alone, and the class names in the order of the outputs.
+
+    The weights are torch.save of a state_dict with torchvision's names.
+    """
     state, recipe = load_trained(args.checkpoint)
     out = args.out or Path(f"{recipe.name}.pth")
+    names = out.with_name(f"{out.stem}.classes.txt")
     try:
         torch.save({name: tensor.contiguous() for name, tensor in state["model"].items()}, out)
+        lines = "".join(f"{name}\n" for name in state["classes"])
+        names.write_bytes(lines.encode("utf-8", "surrogateescape"))
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out {out}: it could not be written ({_reason(error)}).") from error
     print(
         f"{printable(out)}: the weights after {state['update']:,} updates, for model.load_state_dict"
     )
+    classes = state["classes"]
+    shown = ", ".join(f"{label} {printable(name)}" for label, name in enumerate(classes[:12]))
+    more = f", … {len(classes) - 1}" if len(classes) > 12 else ""
+    print(f"{printable(names)}: the class of each output, one a line: {shown}{more}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.digits import write_digits
+from hvd_lbt.data.identity import identity, same_on_all_ranks
 from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError
@@ -96,14 +98,16 @@ def main(args: argparse.Namespace) -> int:
         ) from error
     world = comm.init()
     device = local_device(world)
+    store = open_test_split(
+        args.data or write_digits(),
+        tuple(state["classes"]),
+        recipe.data.classes,
+        recipe.data.timeout,
+    )
+    same_on_all_ranks(comm.allgather_object((os.uname().nodename, {"test": identity(store)})))
     result = evaluate(
         model.to(device),
-        open_test_split(
-            args.data or write_digits(),
-            tuple(state["classes"]),
-            recipe.data.classes,
-            recipe.data.timeout,
-        ),
+        store,
         recipe.data,
         micro_batch=recipe.layout.micro_batch,
         world=world,

@@ -1,6 +1,7 @@
 """Train with a batch that grows: the story of a run, from recipe to the last checkpoint."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batch_maker
+from hvd_lbt.data.identity import Identity, identity, same_on_all_ranks
 from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_data
 from hvd_lbt.data.synthetic import SyntheticStore
@@ -68,6 +70,7 @@ class _Run:
     world: World
     training: Training
     classes: Sequence[str]
+    splits: dict[str, Identity]
     test_store: Store | SyntheticStore
     checkpoints: Checkpoints
     log: RunLog
@@ -109,6 +112,7 @@ class _Run:
             "update": updates_done,
             "recipe": self.recipe.to_dict(),
             "train_samples": self.plan.train_samples,
+            "data": self.splits,
             "classes": list(self.classes),
             **self.training.state_dict(),
         }
@@ -179,11 +183,13 @@ def train(
     # Set up, plan, and where an earlier run stopped.
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     train_store, test_store = open_data(data, recipe)
+    splits = {"train": identity(train_store), "test": identity(test_store)}
+    same_on_all_ranks(comm.allgather_object((os.uname().nodename, splits)))
     plan = make_plan(recipe.schedule, len(train_store))
     state = membership.state if membership else None
     if state is None:
         state = comm.broadcast_object(
-            open_run(out, recipe, plan.train_samples, resume) if world.rank == 0 else None
+            open_run(out, recipe, splits, resume) if world.rank == 0 else None
         )
     first_update = state["update"] if state else 0
     if first_update == plan.updates:
@@ -201,6 +207,7 @@ def train(
         world=world,
         training=training,
         classes=train_store.classes,
+        splits=splits,
         test_store=test_store,
         checkpoints=Checkpoints(
             out / "checkpoints", recipe.run, world, comm.allgather_object, best_top1, owner

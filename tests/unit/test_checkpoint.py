@@ -139,12 +139,16 @@ def test_export_gives_what_torchvisions_resnet50_loads(tmp_path, capsys):
     recipe = load_recipe("imagenet_resnet50")
     model = build_model(recipe.model, 1000, 32)
     saved = checkpoints(tmp_path)
-    about = {"update": 9, "recipe": recipe.to_dict(), "classes": ["x"] * 1000}
-    saved.save(9, {**about, "model": model.state_dict()})
+    names = [str(number) for number in sorted(range(1000), key=str)]  # 0, 1, 10, 100, …
+    state = {"update": 9, "recipe": recipe.to_dict(), "model": model.state_dict()}
+    saved.save(9, state | {"classes": names})
     saved.wait()
     out = tmp_path / "weights.pth"
     assert main(["export", str(tmp_path / "update-00000009.pt"), "--out", str(out)]) == 0
-    assert f"{out}: the weights after 9 updates" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{out}: the weights after 9 updates" in said
+    assert "weights.classes.txt: the class of each output, one a line: 0 0, 1 1, 2 10, " in said
+    assert (tmp_path / "weights.classes.txt").read_text().splitlines() == names
     weights = torch.load(out, weights_only=True)
     found = [" ".join([name, *map(str, tensor.shape)]) for name, tensor in weights.items()]
     assert found == (GOLDEN / "torchvision_resnet50.txt").read_text().splitlines()

@@ -197,7 +197,7 @@ def test_damaged_files_neither_push_out_new_ones_nor_count_as_good(tmp_path, cap
 def test_a_run_of_checkpoints_alone_is_not_begun_anew(tmp_path):
     save(tmp_path / "checkpoints", 1)
     with pytest.raises(UserError, match="already holds a run"):
-        open_run(tmp_path, load_recipe("digits"), 7, resume=False)
+        open_run(tmp_path, load_recipe("digits"), {}, resume=False)
 
 
 @pytest.mark.parametrize("number", sorted({errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL}))

@@ -145,7 +145,7 @@ def test_half_a_line_of_a_killed_run_is_ended(tmp_path):
 
 
 def begin(out: Path) -> RunLog:
-    open_run(out, RECIPE, 1000, resume=True)
+    open_run(out, RECIPE, {}, resume=True)
     return log_of(out)
 
 

@@ -1,0 +1,43 @@
+"""Copies of the data on two nodes that differ end the run at once; a resume on other data too."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+OWN_DATA = Path(__file__).with_name("own_data.py")
+TINY = ("model.width=4", "schedule.epochs=1", "schedule.milestones=[]", "layout.micro_batch=8")
+TINY += ("schedule.global_batch=8", "layout.ghost_batch=4", "run.noise_every=null")
+
+
+def write(data: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for number in range(count):
+            file = data / split / f"class {number % 2}" / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    return data
+
+
+def test_other_copies_of_the_data_are_refused_by_name(start, tmp_path):
+    for rank in range(2):
+        write(tmp_path / str(rank))
+    words = ["train", "digits", "--data", tmp_path, "--out", tmp_path / "run"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    assert (done := start(2, OWN_DATA, *words).wait()).code == 0, done.output
+
+    moved = tmp_path / "1/train/class 0/00.png"
+    moved.rename(tmp_path / "1/train/class 1/00.png")
+    words[words.index("--out") + 1] = tmp_path / "other run"
+    ended = start(2, OWN_DATA, *words).wait()
+    assert ended.code != 0
+    assert "--data is not the same on all ranks: rank 1 on " in ended.output
+    assert "in train: the labels, the files. Copy the data again" in ended.output
+    assert not (tmp_path / "other run/metrics.jsonl").exists()
+
+    words[words.index("--out") + 1] = tmp_path / "run"
+    words[words.index("--data") + 1] = tmp_path / "1"
+    ended = start(1, "-m", "hvd_lbt", *words, "--resume").wait()
+    assert ended.code != 0
+    assert "was trained on other data: train: the labels, the files are not the same" in ended.output
