@@ -31,6 +31,7 @@ from hvd_lbt.data.formats import (
     recordio,
     tfrecord,
 )
+from hvd_lbt.data.identity import identity
 from hvd_lbt.data.source import has_split
 from hvd_lbt.data.store import CLASSES_FILE, Store, open_test_split, open_train_split
 from hvd_lbt.errors import UserError
@@ -89,8 +90,14 @@ def convert(
         "format": form,
         "samples_per_shard": samples_per_shard,
         "samples": {split: len(store) for split, store in stores.items()},
-        "classes": hashlib.sha256("\n".join(train.classes).encode()).hexdigest(),
+        "data": {split: identity(store) for split, store in stores.items()},
     }
+    for name in train.classes:
+        if name.splitlines() != [name] or not _is_text(name):
+            raise UserError(
+                f"The class {name!r} cannot be a line of {CLASSES_FILE}: it has a line break, or is "
+                f"not UTF-8. Rename its folder in {data}."
+            )
     console = terminal.console(stderr=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -131,10 +138,26 @@ def convert(
         ) from error
 
 
+def _is_text(name: str) -> bool:
+    """Whether it is UTF-8: a file's name need not be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _begin_or_go_on(out: Path, about: dict) -> None:
     file = out / ABOUT_FILE
     if file.exists():
-        if json.loads(file.read_text("utf-8")) != about:
+        try:
+            before = json.loads(file.read_text("utf-8"))
+        except ValueError as error:  # not UTF-8, or no JSON
+            raise UserError(
+                f"{file} is damaged ({error}), so what {out} holds is not known. Empty the folder, or "
+                "choose another."
+            ) from error
+        if before != about:
             raise UserError(
                 f"{out} holds the conversion of other data or with other settings ({file} is not "
                 f"{json.dumps(about)}). Choose another folder, or empty it."

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -204,3 +206,30 @@ def test_check_finds_records_that_are_not_as_they_were_written(folder, tmp_path,
         store, with_faults, [(0, 23)], micro_batch=23, device=torch.device("cpu")
     )
     assert batch.images.isfinite().all()  # training does not compare them
+
+
+def test_shards_of_another_data_set_of_the_same_shape_are_not_kept(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "other/train")
+    file = min((tmp_path / "other/train").glob("*/*"))
+    file.rename(file.with_name("z.JPEG"))
+    shutil.copytree(folder / "test", tmp_path / "other/test")
+    convert(folder, tmp_path / "out", form="webdataset", samples_per_shard=9)
+    with pytest.raises(UserError, match="out holds the conversion of other data"):
+        convert(tmp_path / "other", tmp_path / "out", form="webdataset", samples_per_shard=9)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_a_damaged_note_of_a_conversion_is_named(content, folder, tmp_path):
+    (tmp_path / "convert.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"convert.json is damaged .* Empty the folder"):
+        convert(folder, tmp_path, form="webdataset", samples_per_shard=9)
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"a\rb", b"a\xe9"])
+def test_class_names_that_are_no_lines_are_refused(name, tmp_path):
+    for place in (b"train/" + name, b"train/plain"):
+        file = os.fsencode(tmp_path) + b"/in/" + place + b"/1.png"
+        os.makedirs(os.path.dirname(file))
+        Path(os.fsdecode(file)).write_bytes(encoded("PNG"))
+    with pytest.raises(UserError, match=r"cannot be a line of classes.txt"):
+        convert(tmp_path / "in", tmp_path / "out", form="webdataset", samples_per_shard=9)
