@@ -43,11 +43,11 @@ def evaluate(
     world: World,
     allreduce: Callable[[Tensor, str], Tensor],
     device: torch.device,
-    left_out: Callable[[SampleError], None] | None = None,
+    on_skipped: Callable[[SampleError], None] | None = None,
 ) -> Evaluation:
     """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts.
 
-    left_out: see `train_batches`; what is left out is counted nowhere.
+    on_skipped: see `train_batches`; what is skipped is counted nowhere.
     """
     first, end = (len(store) * rank // world.size for rank in (world.rank, world.rank + 1))
     ranges = [(at, min(micro_batch, end - at)) for at in range(first, end, micro_batch)]
@@ -62,7 +62,7 @@ def evaluate(
         micro_batch=micro_batch,
         device=device,
         local_size=world.local_size,
-        left_out=left_out,
+        on_skipped=on_skipped,
     ):
         logits = model(batch.images).float()
         best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
@@ -72,7 +72,7 @@ def evaluate(
     model.train(was_training)
     loss, right, among_five, samples = allreduce(sums, "evaluation").tolist()
     if not samples:
-        raise UserError("All test images were left out: none of them can be decoded.")
+        raise UserError("All test images were skipped: none of them can be decoded.")
     return Evaluation(
         loss=loss / samples, top1=right / samples, top5=among_five / samples, samples=int(samples)
     )

@@ -111,7 +111,7 @@ class RunLog:
         self._began = self._flushed = self._line = self._last = time.perf_counter()
         self._accuracy = ""
         self._waited = self._trained = 0.0
-        self._folder, self._named, self._left_out = folder, set[str](), 0
+        self._folder, self._named, self._skipped_samples = folder, set[str](), 0
         self._says = True  # until the standard output fails
         self._first_sample = (
             plan.at(first_update).samples_seen if first_update < plan.updates else plan.samples
@@ -195,7 +195,7 @@ class RunLog:
         reducer: dict[str, Any],
         noise: Tensor,
     ) -> None:
-        """Note one finished update. sums: (3,) its losses, right answers, samples not left out.
+        """Note one finished update. sums: (3,) its losses, right answers, samples not skipped.
 
         data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
         The tensors are read later.
@@ -233,8 +233,8 @@ class RunLog:
             # JSON has no NaN: a skipped update has no loss
             record["loss"] = loss / used if used and math.isfinite(loss) else None
             record["accuracy"] = right / max(used, 1)
-            record["left_out"] = record["global_batch"] - round(used)
-            self._left_out += record["left_out"]
+            record["skipped_samples"] = record["global_batch"] - round(used)
+            self._skipped_samples += record["skipped_samples"]
             record["gradient_noise"] = simple_noise_scale(*noise)
             for key, value in zip(("gradient_variance", "gradient_squared"), noise, strict=True):
                 record[key] = value if math.isfinite(value) else None
@@ -271,12 +271,12 @@ class RunLog:
         )
         self._last = time.perf_counter()  # an evaluation is no part of the next update
 
-    def left_out(self, error: SampleError) -> None:
-        """List a sample that was left out, once, in this rank's RUN/left_out.RANK.txt."""
+    def skipped_sample(self, error: SampleError) -> None:
+        """List a sample that was skipped, once, in this rank's RUN/skipped_samples.RANK.txt."""
         line = f"{error}\n"
         if line in self._named:
             return
-        file = self._folder / f"left_out.{self._world.rank}.txt"
+        file = self._folder / f"skipped_samples.{self._world.rank}.txt"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not self._named and file.exists():  # from before a resume
@@ -304,13 +304,17 @@ class RunLog:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.perf_counter() - self._began
-        totals = {"seconds": seconds, "data_wait": self._share(), "left_out": self._left_out}
+        totals = {
+            "seconds": seconds,
+            "data_wait": self._share(),
+            "skipped_samples": self._skipped_samples,
+        }
         self.event("end", reason=reason, update=update, peak_memory_bytes=peak, **totals)
         self.say(
             f"{update:,} updates done · {self._share():.1%} of the training time was spent waiting for data"
             + (
-                f" · {self._left_out:,} samples left out: {self._folder}/left_out.*.txt"
-                if self._left_out
+                f" · {self._skipped_samples:,} samples skipped: {self._folder}/skipped_samples.*.txt"
+                if self._skipped_samples
                 else ""
             )
         )
@@ -336,7 +340,7 @@ class RunLog:
             f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
             f"g {record['noise_scale']:.4g} · {noise}{record['images_per_second']:,.0f} images/s "
             f"(waits {record['data_wait']:.0%} for data, {self._share():.0%} in all) · loss {loss}{self._accuracy}"
-            + (f" · {self._left_out:,} samples left out" if self._left_out else "")
+            + (f" · {self._skipped_samples:,} samples skipped" if self._skipped_samples else "")
             + (
                 f" · {record['underflow']:.0%} of the gradients are below fp16's normal numbers"
                 if record["underflow"] >= NOTABLE_UNDERFLOW

@@ -101,7 +101,7 @@ class _Run:
             world=self.world,
             allreduce=comm.allreduce_,
             device=self.training.device,
-            left_out=self.log.left_out,
+            on_skipped=self.log.skipped_sample,
         )
         self.log.evaluation(update, asdict(result))
         return self.checkpoints.better(result.top1)
@@ -148,13 +148,13 @@ def _begin(
     state: dict[str, Any] | None,
 ) -> Training:
     """The training with the weights of `state`, or new ones: the same on all ranks."""
-    cuts = recipe.layout.model_dump()
+    layout = recipe.layout.model_dump()
     training = make_training(
         recipe,
         len(classes),
         world=world,
         device=local_device(world),
-        graphs=len({tuple(size) for _, *size in micro_batch_ranges(updates, world, **cuts)}),
+        graphs=len({tuple(size) for _, *size in micro_batch_ranges(updates, world, **layout)}),
     )
     if has_single_samples(plan, recipe.layout.ghost_batch):
         check_one_sample(training.model, recipe.data.image_size)
@@ -197,7 +197,7 @@ def train(
             print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
         return 0  # a requeued job has nothing left to do, which is no failure
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
-    cuts = recipe.layout.model_dump()
+    layout = recipe.layout.model_dump()
 
     training = _begin(recipe, plan, updates, train_store.classes, world, state)
     best_top1 = state["best_top1"] if state else -1.0
@@ -218,18 +218,18 @@ def train(
     stream = batch_maker(recipe.data).train_batches(
         train_store,
         recipe.data,
-        micro_batch_ranges(updates, world, **cuts),
+        micro_batch_ranges(updates, world, **layout),
         seed=recipe.run.seed,
         micro_batch=recipe.layout.micro_batch,
         device=training.device,
         local_size=world.local_size,
-        left_out=run.log.left_out,
+        on_skipped=run.log.skipped_sample,
     )
     if membership:
         membership.begin(plan.stages[updates[0].stage], at_end=run.log.close, stop=stop)
 
     # Train, and save at the end of a stage, when it is due, and where the accuracy is best.
-    for update, batches in by_update(updates, stream, world, **cuts):
+    for update, batches in by_update(updates, stream, world, **layout):
         stop.ask(save=run.checkpoints.due())
         run.update(update, batches)
         done = update.index + 1

@@ -63,8 +63,8 @@ class BareLoop:
     def update(self, global_batch: int, images: Tensor, labels: Tensor) -> None:
         """One update of this rank's share alone."""
         mine = global_batch // self.world.size
-        cuts = self.recipe.layout.model_dump()
-        for part in make_layout(mine, rank=0, size=1, **cuts).micro_batches:
+        layout = self.recipe.layout.model_dump()
+        for part in make_layout(mine, rank=0, size=1, **layout).micro_batches:
             loss, _ = self.forward(images[: len(part)], labels[: len(part)])
             (loss / mine).backward()
         self.optimizer.step()
@@ -121,10 +121,10 @@ def main(args: argparse.Namespace) -> int:
             settled=1.0,
             ghost_batch=None,
         )
-        cuts = recipe.layout.model_dump()
-        parts = layout_of(update, world, **cuts).micro_batches
+        layout = recipe.layout.model_dump()
+        parts = layout_of(update, world, **layout).micro_batches
         source = ((images[: len(part)], labels[: len(part)]) for part in parts)
-        for _, batches in by_update([update], source, world, **cuts):
+        for _, batches in by_update([update], source, world, **layout):
             training.update(update, batches)
 
     def wait() -> None:

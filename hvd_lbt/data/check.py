@@ -133,7 +133,7 @@ def check(store: Store, data: DataRecipe) -> list[SampleError]:
             ranges,
             micro_batch=MICRO_BATCH,
             device=torch.device("cpu"),
-            left_out=bad.append,
+            on_skipped=bad.append,
         ):
             bar.update(task, advance=len(batch.labels))
     return bad

@@ -1,7 +1,7 @@
-"""A data set of small images whole in the device's memory: decoded once, cut and mirrored there.
+"""A data set of small images whole in the device's memory: decoded once, cropped and mirrored there.
 
 For CIFAR-10 and its like, where decoding every epoch anew is most of the work, and for machines
-without DALI. Order, cuts and mirroring are those of the DALI pipeline, from the same numbers; so are
+without DALI. Order, crops and mirroring are those of the DALI pipeline, from the same numbers; so are
 the pixels (`pixels`), of JPEG files as far as the two decoders round alike (libjpeg-turbo's here, in
 Pillow).
 """
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hvd_lbt.data.cuts import FLIP, pad_cuts
+from hvd_lbt.data.crops import FLIP, pad_crops
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.samples import Batch, TrainSamples
 from hvd_lbt.data.store import Store
@@ -38,7 +38,7 @@ def train_batches(
     micro_batch: int,
     device: torch.device,
     local_size: int = 1,
-    left_out: Callable[[SampleError], None] | None = None,
+    on_skipped: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first sample of the stream, count, ghost batch) of `ranges`, in order.
 
@@ -48,11 +48,11 @@ def train_batches(
     samples = TrainSamples(_of_files(store), seed)
     for first, count, _ in ranges:
         uniforms = samples.uniforms(first, count)
-        cuts = np.zeros((count, 2))
+        crops = np.zeros((count, 2))
         if data.augment == "pad_crop":
-            cuts = pad_cuts(uniforms, data.pad)
+            crops = pad_crops(uniforms, data.pad)
         mirror = (uniforms[:, FLIP] >= 0.5) & data.flip
-        yield _batch(samples.store, data, samples.indices(first, count), cuts, mirror, device)
+        yield _batch(samples.store, data, samples.indices(first, count), crops, mirror, device)
 
 
 def evaluation_batches(
@@ -63,7 +63,7 @@ def evaluation_batches(
     micro_batch: int,
     device: torch.device,
     local_size: int = 1,
-    left_out: Callable[[SampleError], None] | None = None,
+    on_skipped: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
     for first, count in ranges:
@@ -82,14 +82,14 @@ def _batch(
     store: Store,
     data: DataRecipe,
     indices: np.ndarray,
-    cuts: np.ndarray,
+    crops: np.ndarray,
     mirror: np.ndarray,
     device: torch.device,
 ) -> Batch:
-    """Cut, mirror, normalise. cuts: (left, top) of each, in pixels; outside of the image is black."""
+    """Crop, mirror, normalise. crops: (left, top) of each, in pixels; outside of the image is black."""
     images = _all_images(store, data, device)
     # one transfer: index, left, top, mirror, label
-    numbers = np.c_[indices, cuts, mirror, store.labels[indices]].astype(np.int64)
+    numbers = np.c_[indices, crops, mirror, store.labels[indices]].astype(np.int64)
     where, left, top, mirrored, labels = torch.from_numpy(numbers).to(device).unbind(1)
     side = torch.arange(data.image_size, device=device)
     rows = top[:, None] + side

@@ -1,6 +1,6 @@
-"""DALI turns sample positions into batches: read, cut out, decode, resize, flip, normalise.
+"""DALI turns sample positions into batches: read, crop, decode, resize, flip, normalise.
 
-Every random number comes from `order.sample_uniforms`, every cut is computed in `cuts`, and both
+Every random number comes from `order.sample_uniforms`, every crop is computed in `crops`, and both
 enter DALI as inputs, so the pixels of a sample are a function of (seed, epoch, position) alone: not
 of the micro-batch, the number of workers, the threads, or where a run was resumed.
 """
@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hvd_lbt.data.cuts import FLIP, centre_cuts, pad_cuts, random_cuts
+from hvd_lbt.data.crops import FLIP, center_crops, pad_crops, random_resized_crops
 from hvd_lbt.data.reading import Readers
-from hvd_lbt.data.samples import LEFT_OUT, Batch, TrainSamples
+from hvd_lbt.data.samples import SKIPPED, Batch, TrainSamples
 from hvd_lbt.data.store import Encoded, Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
@@ -58,7 +58,7 @@ class _Work:
     ghost_batch: int
     reads: list[_Read]
     samples: list[Encoded]
-    left_out: set[int]  # places within the micro-batch
+    skipped: set[int]  # places within the micro-batch
     inputs: tuple = ()  # DALI reads these arrays where they lie
 
 
@@ -71,13 +71,13 @@ def train_batches(
     micro_batch: int,
     device: torch.device,
     local_size: int = 1,
-    left_out: Callable[[SampleError], None] | None = None,
+    on_skipped: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first sample of the stream, count, ghost batch) of `ranges`.
 
     count is at most micro_batch + 1: a last ghost batch may take a remainder of one. Ghost batches are counted from a range's first sample. local_size: workers that share this
     node's cores. Raises SampleError naming the first image that cannot be decoded; with
-    on_bad_sample: skip that error goes to `left_out`, and the sample's place has the label LEFT_OUT
+    on_bad_sample: skip that error goes to `on_skipped`, and the sample's place has the label SKIPPED
     and the image of another sample of its ghost batch, so that statistics are of images.
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
@@ -87,7 +87,7 @@ def train_batches(
         )
     samples = TrainSamples(store, seed)
     maker = _Maker(store, data, _Augmented(data), micro_batch + 1, device, local_size)
-    return maker.batches(ranges, samples.indices, samples.uniforms, left_out)
+    return maker.batches(ranges, samples.indices, samples.uniforms, on_skipped)
 
 
 def evaluation_batches(
@@ -98,7 +98,7 @@ def evaluation_batches(
     micro_batch: int,
     device: torch.device,
     local_size: int = 1,
-    left_out: Callable[[SampleError], None] | None = None,
+    on_skipped: Callable[[SampleError], None] | None = None,
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
 
@@ -112,7 +112,7 @@ def evaluation_batches(
         return np.empty((count, 0))
 
     maker = _Maker(store, data, _Plain(data), micro_batch, device, local_size)
-    return maker.batches(((*part, micro_batch) for part in ranges), indices, uniforms, left_out)
+    return maker.batches(((*part, micro_batch) for part in ranges), indices, uniforms, on_skipped)
 
 
 def _synthetic(
@@ -154,10 +154,10 @@ class _Maker:
         ranges: Iterable[tuple[int, int, int]],
         indices_of: Callable[[int, int], np.ndarray],
         uniforms_of: Callable[[int, int], np.ndarray],
-        left_out: Callable[[SampleError], None] | None,
+        on_skipped: Callable[[SampleError], None] | None,
     ) -> Iterator[Batch]:
         """See `train_batches`."""
-        self._left_out = left_out if self.data.on_bad_sample == "skip" else None
+        self._on_skipped = on_skipped if self.data.on_bad_sample == "skip" else None
         readers = Readers(self.data.readers)
         begun = (
             self._begin(indices_of(first, count), uniforms_of(first, count), ghost_batch, readers)
@@ -200,7 +200,7 @@ class _Maker:
                     continue
                 work = decoding.popleft()
                 labels = self.store.labels[work.indices]
-                labels[list(work.left_out)] = LEFT_OUT
+                labels[list(work.skipped)] = SKIPPED
                 # DALI's dynamic executor, its default, leaves outputs alone as long as they are held.
                 yield Batch(
                     torch.from_dlpack(images.as_tensor()),
@@ -240,7 +240,7 @@ class _Maker:
                 done.append(error)
 
     def _finish(self, work: _Work) -> None:
-        """Wait for the bytes of a micro-batch; what is bad is left out, or raised."""
+        """Wait for the bytes of a micro-batch; what is bad is skipped, or raised."""
         for read in work.reads:
             before = -1
             while True:
@@ -265,20 +265,20 @@ class _Maker:
         self._fill(work)
 
     def _leave_out(self, work: _Work, place: int, error: SampleError) -> None:
-        if self._left_out is None:
+        if self._on_skipped is None:
             raise error
-        work.left_out.add(place)
-        self._left_out(error)
+        work.skipped.add(place)
+        self._on_skipped(error)
 
     def _fill(self, work: _Work) -> None:
-        """Give each place that was left out the bytes of the next good one in its ghost batch."""
-        for place in work.left_out:
+        """Give each place that was skipped the bytes of the next good one in its ghost batch."""
+        for place in work.skipped:
             last = count_ghost_batches(len(work.samples), work.ghost_batch) - 1
             ghost = min(place // work.ghost_batch, last)
             start = ghost * work.ghost_batch
             end = len(work.samples) if ghost == last else start + work.ghost_batch
             group = range(start, end)
-            good = [other for other in group if other not in work.left_out]
+            good = [other for other in group if other not in work.skipped]
             donor = next((other for other in good if other > place), good[0] if good else None)
             work.samples[place] = GREY if donor is None else work.samples[donor]
 
@@ -287,7 +287,7 @@ class _Maker:
         found = False
         for work in works:
             for place, index in enumerate(map(int, work.indices)):
-                if place in work.left_out:
+                if place in work.skipped:
                     continue
                 source = itertools.repeat(self._inputs(work, range(place, place + 1)))
                 one = _build(self.data, self.graph, source, 1, 1, 1, self.device)
@@ -357,23 +357,23 @@ def _build(
 
 
 class _Augmented:
-    """Training images: cut out, sized, and whether to mirror each."""
+    """Training images: cropped, sized, and whether to mirror each."""
 
     def __init__(self, data: DataRecipe):
         self._data = data
         # DALI warns of an input that the graph does not use.
-        cuts = {"random_resized_crop": 2, "pad_crop": 1, "none": 0}[data.augment]
-        self.inputs = cuts + data.flip
+        crops = {"random_resized_crop": 2, "pad_crop": 1, "none": 0}[data.augment]
+        self.inputs = crops + data.flip
 
     def numbers(self, sizes: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, ...]:
         """The inputs of the graph beside the images, one row a sample."""
-        cuts: tuple[np.ndarray, ...] = ()
+        crops: tuple[np.ndarray, ...] = ()
         if self._data.augment == "random_resized_crop":
-            cuts = random_cuts(sizes, uniforms)
+            crops = random_resized_crops(sizes, uniforms)
         elif self._data.augment == "pad_crop":
-            cuts = (pad_cuts(uniforms, self._data.pad),)
+            crops = (pad_crops(uniforms, self._data.pad),)
         mirror = ((uniforms[:, FLIP] >= 0.5).astype(np.int32),) if self._data.flip else ()
-        return *(np.ascontiguousarray(cut, np.float32) for cut in cuts), *mirror
+        return *(np.ascontiguousarray(crop, np.float32) for crop in crops), *mirror
 
     def __call__(self, encoded, decoding: dict, *numbers):
         """DALI's graph: images, mirror."""
@@ -406,11 +406,11 @@ class _Plain:
         """The inputs of the graph beside the images, one row a sample."""
         if self._data.eval_resize is None:
             return ()
-        cuts = centre_cuts(sizes, self._data.eval_resize, self._data.image_size)
-        return tuple(np.ascontiguousarray(cut, np.float32) for cut in cuts)
+        crops = center_crops(sizes, self._data.eval_resize, self._data.image_size)
+        return tuple(np.ascontiguousarray(crop, np.float32) for crop in crops)
 
     def __call__(self, encoded, decoding: dict, *roi):
-        """DALI's graph: images, no mirror. Only the part that is cut out is computed."""
+        """DALI's graph: images, no mirror. Only the cropped part is computed."""
         size = self._data.image_size
         part = dict(zip(("roi_start", "roi_end"), roi, strict=False))
         images = fn.decoders.image(encoded, **decoding)

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from hvd_lbt.data.cuts import DRAWS
+from hvd_lbt.data.crops import DRAWS
 from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
 from hvd_lbt.data.store import Store
 
-LEFT_OUT = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
+SKIPPED = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
 
 
 class Batch(NamedTuple):
-    """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,), LEFT_OUT where a sample was bad."""
+    """images: fp32 (n, 3, H, W), normalised; labels: int64 (n,), SKIPPED where a sample was bad."""
 
     images: Tensor
     labels: Tensor

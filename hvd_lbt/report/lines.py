@@ -125,7 +125,12 @@ KEYS: dict[str, dict[str, Fits]] = {
 }
 OPTIONAL: dict[str, dict[str, Fits]] = {
     "run": {"revision": text, "resumed_at_update": whole(0), "time": number(0)},
-    "update": {"gradient_noise": number(none=True), "left_out": whole(0), "time": number(0)},
+    "update": {
+        "gradient_noise": number(none=True),
+        "skipped_samples": whole(0),
+        "left_out": whole(0),
+        "time": number(0),
+    },
     "eval": {"time": number(0)},
     "end": {"time": number(0)},
 }

@@ -195,7 +195,12 @@ class _Reading:
             workers=list(dict.fromkeys(part.run["world_size"] for part in self.parts)),
             notes=[],
         )
-        run.notes.extend(self._notes(run, sum(record.get("left_out", 0) for record in updates)))
+        run.notes.extend(
+            self._notes(
+                run,
+                sum(record.get("skipped_samples", record.get("left_out", 0)) for record in updates),
+            )
+        )
         return run
 
     def _planned_updates(self, plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -224,7 +229,7 @@ class _Reading:
                 kept.append(record)
         return kept
 
-    def _notes(self, run: Run, left_out: int) -> Iterator[str]:
+    def _notes(self, run: Run, skipped_samples: int) -> Iterator[str]:
         """What a reader has to know beside the numbers."""
         if damage := self.named_damage():
             yield f"metrics.jsonl: {damage}."
@@ -238,8 +243,8 @@ class _Reading:
             )
         elif run.final is None:
             yield "there is no evaluation after the last update."
-        if left_out:
-            yield f"{left_out:,} samples were left out; they are listed in left_out.*.txt."
+        if skipped_samples:
+            yield f"{skipped_samples:,} samples were skipped; RUN/skipped_samples.*.txt lists them."
         if missing := run.done - len(run.updates["update"]):
             yield f"{missing:,} updates have no line."
         if bad := int(np.sum(~np.isfinite(run.updates["loss"]))):

@@ -168,8 +168,8 @@ def test_bad_samples_are_left_out_alike_on_any_number_of_ranks(ranks, digits, tm
     for number, its_data in ((1, data), (3, few)):
         out = tmp_path / str(number)
         output = ranks(number, *train(*settings, data=its_data, out=out, smooth=True))
-        assert sum(update["left_out"] for update in events(out, "update")) == len(broken)
-        listed = "".join(file.read_text() for file in out.glob("left_out.*.txt"))
+        assert sum(update["skipped_samples"] for update in events(out, "update")) == len(broken)
+        listed = "".join(file.read_text() for file in out.glob("skipped_samples.*.txt"))
         for file in broken:
             assert listed.count(f"{its_data / file.relative_to(data)} is no whole image") == 1
         assert "samples left out" in output

@@ -17,7 +17,7 @@ TOP = "hvd_lbt.__init__"
 
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
-    {"errors", "world", "data.order", "data.cuts", "ops", "stop", "wire_scale"},
+    {"errors", "world", "data.order", "data.crops", "ops", "stop", "wire_scale"},
     {"run_lock", "launcher", "append_file"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
@@ -50,7 +50,7 @@ PURE = {  # the standard library, and what is named
     "world": set(),
     "wire_scale": set(),
     "data.order": {"numpy"},
-    "data.cuts": {"numpy"},
+    "data.crops": {"numpy"},
     "plain_yaml": {"yaml"},
     "recipe": {"pydantic", "yaml"},
 }

@@ -17,7 +17,7 @@ from PIL import Image
 from hvd_lbt.bench.input import reference_evaluation, write_photographs
 from hvd_lbt.data import order, pipeline
 from hvd_lbt.data import store as store_module
-from hvd_lbt.data.pipeline import LEFT_OUT, evaluation_batches, train_batches
+from hvd_lbt.data.pipeline import SKIPPED, evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import ReadError, SampleError
 from hvd_lbt.recipe import Recipe, load_recipe
@@ -262,15 +262,15 @@ def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
 def test_skip_leaves_bad_samples_out_the_same_on_any_number_of_workers(tmp_path):
     store = open_train_split(with_bad(tmp_path))
     its, found = recipe("data.on_bad_sample=skip"), []
-    images, labels = stream(store, its, left_out=found.append)
+    images, labels = stream(store, its, on_skipped=found.append)
     bad = [*BAD, "leads nowhere.jpg"]
     assert len(store) == 23 + len(bad)
-    assert (labels == LEFT_OUT).sum() == 2 * len(bad)  # two epochs
+    assert (labels == SKIPPED).sum() == 2 * len(bad)  # two epochs
     told = {str(error) for error in found}
     assert len(told) == len(bad)
     assert all(any(name in line for line in told) for name in bad)
     for size in (2, 3):
-        again = stream(store, its, size, left_out=found.append)
+        again = stream(store, its, size, on_skipped=found.append)
         assert torch.equal(again[1], labels)
         assert torch.equal(again[0], images)
     assert {str(error) for error in found} == told
@@ -294,12 +294,12 @@ def test_the_place_of_a_bad_sample_has_an_image_of_its_ghost_batch_and_no_gradie
             seed=0,
             micro_batch=12,
             device=CPU,
-            left_out=lambda error: None,
+            on_skipped=lambda error: None,
         )
     finally:
         order.epoch_order = monkey
-    left_out = (batch.labels == LEFT_OUT).nonzero().flatten().tolist()
-    assert left_out == [1, 3, 8, 9, 10, 11]
+    skipped = (batch.labels == SKIPPED).nonzero().flatten().tolist()
+    assert skipped == [1, 3, 8, 9, 10, 11]
     for place, donor in ((1, 2), (3, 0)):
         assert torch.equal(batch.images[place], batch.images[donor])
     assert batch.images[8].std(dim=(1, 2)).max() < 1e-6  # all of its ghost batch is bad: grey
@@ -307,7 +307,7 @@ def test_the_place_of_a_bad_sample_has_an_image_of_its_ghost_batch_and_no_gradie
     torch.nn.functional.cross_entropy(
         torch.cat([logits, -logits], 1), batch.labels, reduction="sum"
     ).backward()
-    assert (logits.grad[left_out] == 0).all()
+    assert (logits.grad[skipped] == 0).all()
 
 
 def undecodable() -> bytes:
@@ -372,7 +372,7 @@ def test_a_file_that_vanishes_ends_even_a_run_that_skips(tmp_path):
     store = open_train_split(write_folder(tmp_path))
     Path(store.name(11)).unlink()
     with pytest.raises(ReadError, match=r"has vanished since the data was indexed"):
-        stream(store, recipe("data.on_bad_sample=skip"), left_out=lambda error: None)
+        stream(store, recipe("data.on_bad_sample=skip"), on_skipped=lambda error: None)
 
 
 def test_a_read_that_gets_no_answer_is_named_in_time(tmp_path, monkeypatch):

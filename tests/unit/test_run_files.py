@@ -171,9 +171,9 @@ def test_something_else_in_the_place_of_a_file_is_named_before_any_work(tmp_path
 
 def test_a_sample_that_cannot_be_listed_is_printed(tmp_path, capsys):
     log = log_of(tmp_path)
-    (tmp_path / "left_out.0.txt").mkdir()
+    (tmp_path / "skipped_samples.0.txt").mkdir()
     for _ in range(2):
-        log.left_out(SampleError("image 7 is broken"))
+        log.skipped_sample(SampleError("image 7 is broken"))
     assert capsys.readouterr().out.count("(Is a directory): image 7 is broken") == 1
     log.close()
 

@@ -43,7 +43,7 @@ def write_run(folder, *, seed=0, policy="digits", updates=None, nan_at=None):
                 "accuracy": 0.9,
                 "images_per_second": 500.0,
                 "data_wait": 0.05,
-                "left_out": int(index == 3),
+                "skipped_samples": int(index == 3),
                 "wire_scale": 1024.0,
                 "overflows": 0,
                 "skipped": int(nan_at is not None and index >= nan_at),

@@ -1,4 +1,4 @@
-"""Cuts of images: those of torchvision, from uniform numbers."""
+"""Crops of images: those of torchvision, from uniform numbers."""
 
 import math
 
@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_lbt.data.cuts import ATTEMPTS, DRAWS, centre_cuts, pad_cuts, random_cuts
+from hvd_lbt.data.crops import ATTEMPTS, DRAWS, center_crops, pad_crops, random_resized_crops
 
 
-def torchvision_cut(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+def torchvision_crop(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
     """RandomResizedCrop.get_params, line by line, with its random numbers given: left, top, w, h."""
     for attempt in range(ATTEMPTS):
         area_draw, ratio_draw, left_draw, top_draw = draws[4 * attempt : 4 * attempt + 4]
@@ -35,9 +35,9 @@ def torchvision_cut(height: int, width: int, draws: list[float]) -> tuple[int, i
 )
 def test_a_random_cut_is_torchvisions(height, width, words):
     draws = [word / 2**20 for word in words]
-    corners, sides = random_cuts(np.array([[height, width]]), np.array([draws]))
+    corners, sides = random_resized_crops(np.array([[height, width]]), np.array([draws]))
     (left, top), (w, h) = corners[0].tolist(), sides[0].tolist()
-    assert (left, top, w, h) == torchvision_cut(height, width, draws)
+    assert (left, top, w, h) == torchvision_crop(height, width, draws)
     assert 0 <= left <= left + w <= width
     assert 0 <= top <= top + h <= height
 
@@ -45,10 +45,10 @@ def test_a_random_cut_is_torchvisions(height, width, words):
 def test_cuts_of_a_batch_are_those_of_its_samples():
     rng = np.random.default_rng(0)
     sizes, uniforms = rng.integers(1, 900, (200, 2)), rng.random((200, DRAWS))
-    whole = random_cuts(sizes, uniforms)
+    whole = random_resized_crops(sizes, uniforms)
     assert {(s[0] > 3 * s[1], s[1] > 3 * s[0]) for s in sizes} == {(0, 0), (0, 1), (1, 0)}
     for index in range(200):
-        one = random_cuts(sizes[index : index + 1], uniforms[index : index + 1])
+        one = random_resized_crops(sizes[index : index + 1], uniforms[index : index + 1])
         assert all((mine[0] == all_[index]).all() for mine, all_ in zip(one, whole, strict=True))
 
 
@@ -59,7 +59,7 @@ def test_the_centre_is_torchvisions(height, width):
     else:
         wide, high = int(256 * width / height), 256
     top, left = round((high - 224) / 2.0), round((wide - 224) / 2.0)
-    starts, ends = centre_cuts(np.array([[height, width]]), 256, 224)
+    starts, ends = center_crops(np.array([[height, width]]), 256, 224)
     scale = np.array([height / high, width / wide])
     assert np.allclose(starts[0], np.array([top, left]) * scale, rtol=1e-12)
     assert np.allclose(ends[0], np.array([top + 224, left + 224]) * scale, rtol=1e-12)
@@ -68,4 +68,4 @@ def test_the_centre_is_torchvisions(height, width):
 def test_padded_cuts_reach_from_edge_to_edge():
     uniforms = np.zeros((3, DRAWS))
     uniforms[1], uniforms[2] = 0.5, 1 - 2**-53
-    assert pad_cuts(uniforms, 4).tolist() == [[-4, -4], [0, 0], [4, 4]]
+    assert pad_crops(uniforms, 4).tolist() == [[-4, -4], [0, 0], [4, 4]]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-# The uniforms of one sample, by place: for each attempt at a cut these four, then the flip. Unused
+# The uniforms of one sample, by place: for each attempt at a crop these four, then the flip. Unused
 # ones are drawn all the same.
 AREA, RATIO, LEFT, TOP = 0, 1, 2, 3
 ATTEMPTS = 10
@@ -15,8 +15,8 @@ DRAWS = FLIP + 4
 Floats = NDArray[np.float64]
 
 
-def random_cuts(sizes: NDArray[np.int64], uniforms: Floats) -> tuple[Floats, Floats]:
-    """Inception's cuts: 8 % to 100 % of the area, aspect ratio 3/4 to 4/3, uniform in its logarithm.
+def random_resized_crops(sizes: NDArray[np.int64], uniforms: Floats) -> tuple[Floats, Floats]:
+    """Inception's crops: 8 % to 100 % of the area, aspect ratio 3/4 to 4/3, uniform in its logarithm.
 
     sizes: (n, 2), height and width; uniforms: (n, DRAWS). Returns (left, top) and (width, height),
     (n, 2) each, whole numbers. As torchvision's RandomResizedCrop: the first of ten attempts that
@@ -42,7 +42,7 @@ def random_cuts(sizes: NDArray[np.int64], uniforms: Floats) -> tuple[Floats, Flo
     return corners, sides
 
 
-def centre_cuts(sizes: NDArray[np.int64], resize: int, size: int) -> tuple[Floats, Floats]:
+def center_crops(sizes: NDArray[np.int64], resize: int, size: int) -> tuple[Floats, Floats]:
     """The centre of size² pixels of each image whose shorter side is resized to `resize`.
 
     sizes: (n, 2), height and width. Returns where it begins and ends in the image's own pixels, (top, left) and
@@ -53,6 +53,6 @@ def centre_cuts(sizes: NDArray[np.int64], resize: int, size: int) -> tuple[Float
     return start * sizes / resized, (start + size) * sizes / resized
 
 
-def pad_cuts(uniforms: Floats, pad: int) -> Floats:
-    """(left, top) of each cut from an image padded on all sides, from −pad to pad: (n, 2)."""
+def pad_crops(uniforms: Floats, pad: int) -> Floats:
+    """(left, top) of each crop from an image padded on all sides, from −pad to pad: (n, 2)."""
     return np.floor(uniforms[:, [LEFT, TOP]] * (2 * pad + 1)) - pad
