@@ -46,7 +46,7 @@ def log_of(out: Path) -> RunLog:
 
 def train(log: RunLog, updates: range) -> None:
     noise = torch.ones(2)
-    reducer = {"wire_scale": 1.0, "overflows": 0, "skipped": 0}
+    reducer = {"wire_scale": 1.0, "underflow": 0.0, "overflows": 0, "skipped": 0}
     for number in updates:
         update = log.plan.at(number)
         log.update(update, torch.ones(3), data_wait=0.0, reducer=reducer, noise=noise)
