@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_train import EXACT, ROUNDING, difference, events, last_state, train
+from trainings import EXACT, ROUNDING, difference, events, last_state, train
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_elastic import Elastic, kept
-from test_train import EXACT, events, last_state
+from elastic_runs import Elastic, kept
+from trainings import EXACT, events, last_state
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can run another user's program")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from test_train import ROUNDING, difference, events
+from trainings import ROUNDING, difference, events
 
 SMOOTH = Path(__file__).with_name("smooth.py")
 

@@ -21,9 +21,7 @@ def test_runs_are_laid_over_each_other_in_one_file(tmp_path, capsys):
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
     assert html.count("5.00 %") == len(runs)  # of the time each waited for data
-    assert html.count("1 samples were skipped; RUN/skipped_samples.*.txt lists them.") >= len(
-        runs
-    )
+    assert html.count("1 samples were skipped; RUN/skipped_samples.*.txt lists them.") >= len(runs)
     assert len(list(out.glob("*.png"))) >= 4
 
 
