@@ -28,8 +28,11 @@ COMMANDS = {
     "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
     "study": ("hvd_lbt.study", "re-make a claim of the papers, and say whether it held"),
-    "bench update": ("hvd_lbt.bench.update", "the fused update and the wire kernels"),
-    "bench step": ("hvd_lbt.bench.step", "communication and update against Horovod's and DDP's"),
+    "bench optimizer": ("hvd_lbt.bench.optimizer", "the fused update and the wire kernels"),
+    "bench allreduce_step": (
+        "hvd_lbt.bench.allreduce_step",
+        "communication and update against Horovod's and DDP's",
+    ),
     "bench allreduce": ("hvd_lbt.bench.allreduce", "bus bandwidth against message size"),
     "bench checkpoint": ("hvd_lbt.bench.checkpoint", "what a checkpoint costs an update"),
     "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
@@ -46,6 +49,8 @@ GROUPS = {
     "bench": "measure speed, each part against its peers",
     "data": "check, convert or write a data set",
 }
+# Commands that were renamed in 0.2; the old name works until 0.3, with a warning.
+RENAMED = {("bench", "update"): "optimizer", ("bench", "step"): "allreduce_step"}
 STUDY_WORKER = "study-trainings"  # a study's own worker processes: not listed
 HIDDEN = {STUDY_WORKER: ("hvd_lbt.studies.worker", "train a list of recipes one after another")}
 EXIT_USER_ERROR = 2
@@ -74,7 +79,7 @@ def _show_warning(usual: Callable[..., None], message: Any, kind: Any, *place: A
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_args(_with_new_names(sys.argv[1:] if argv is None else argv))
         command = args.__dict__.pop("_command")
         code: int = command(args)
         sys.stdout.flush()
@@ -107,6 +112,19 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stderr.flush()
         os._exit(code)  # DALI might hang when it is taken down
     return code
+
+
+def _with_new_names(words: Sequence[str]) -> list[str]:
+    for (group, old), new in RENAMED.items():
+        if [*words[:2]] == [group, old]:
+            warnings.warn(
+                f"`hvd_lbt {group} {old}` is called `hvd_lbt {group} {new}` now; the old name works "
+                "until hvd_lbt 0.3.",
+                RenamedWarning,
+                stacklevel=2,
+            )
+            return [group, new, *words[2:]]
+    return [*words]
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

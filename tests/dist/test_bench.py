@@ -13,17 +13,17 @@ INPUT = ("--recipe", "cifar10_small", "--batches", "1", "--micro-batch", "8", "-
 @pytest.mark.parametrize(
     ("ranks", "words", "cases"),
     [
-        (1, ("update", *MODEL, "--threads", "1"), {"update, fp16 gradients", "unpack from fp16"}),
+        (1, ("optimizer", *MODEL, "--threads", "1"), {"update, fp16 gradients", "unpack from fp16"}),
         (1, ("checkpoint", *MODEL), {"copy", "compare", "write"}),
         (2, ("allreduce", "--largest-mb", "0.02"), {"allreduce fp16", "allreduce fp32"}),
         (
             2,
-            ("step", *MODEL, "--accumulate", "2"),
+            ("allreduce_step", *MODEL, "--accumulate", "2"),
             {"communication and update, accumulation of 2"},
         ),
         (
             2,
-            ("step", *MODEL, "--hidden", "--pixels", "32"),
+            ("allreduce_step", *MODEL, "--hidden", "--pixels", "32"),
             {"hidden behind backward, 2 images of 32 pixels a rank"},
         ),
         (1, ("train", *TRAIN), {"global batch 32", "global batch 64"}),

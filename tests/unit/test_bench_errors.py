@@ -4,7 +4,7 @@ import pytest
 
 from hvd_lbt.cli import main
 
-EACH = ("update", "step", "allreduce", "checkpoint", "input", "train")
+EACH = ("optimizer", "allreduce_step", "allreduce", "checkpoint", "input", "train")
 
 
 @pytest.mark.parametrize(
@@ -12,12 +12,12 @@ EACH = ("update", "step", "allreduce", "checkpoint", "input", "train")
     [
         *(([name, "--repetitions", "0"], "--repetitions: 0") for name in EACH),
         *(([name, "--repetitions=x"], "--repetitions: x") for name in EACH),
-        (["step", "--accumulate", "0"], "--accumulate: 0"),
-        (["step", "--accumulate", "2", "-1"], "--accumulate: -1"),
-        (["step", "--bucket-mb", "0"], "--bucket-mb: 0"),
-        (["step", "--bucket-mb", "nan"], "--bucket-mb: nan"),
-        (["step", "--hidden", "--pixels", "1"], "--pixels 1 and --images 2"),
-        (["step", "--model", "resnet"], "--model resnet: it must be resnet18, "),
+        (["allreduce_step", "--accumulate", "0"], "--accumulate: 0"),
+        (["allreduce_step", "--accumulate", "2", "-1"], "--accumulate: -1"),
+        (["allreduce_step", "--bucket-mb", "0"], "--bucket-mb: 0"),
+        (["allreduce_step", "--bucket-mb", "nan"], "--bucket-mb: nan"),
+        (["allreduce_step", "--hidden", "--pixels", "1"], "--pixels 1 and --images 2"),
+        (["allreduce_step", "--model", "resnet"], "--model resnet: it must be resnet18, "),
         (["allreduce", "--largest-mb", "0"], "--largest-mb: 0"),
         (["allreduce", "--largest-mb", "0.001"], "--largest-mb 0.001: the smallest message"),
         (["train", "--batches", "0"], "--batches: 0"),
@@ -32,12 +32,15 @@ EACH = ("update", "step", "allreduce", "checkpoint", "input", "train")
         (["input", "--threads", "100000"], "--threads: 100000"),
         (["input", "--index-entries", "-1"], "--index-entries: -1"),
         (["input", "--data", "/nowhere", "--index-entries", "0"], "/nowhere"),
-        (["update", "--threads", "0"], "--threads: 0"),
-        (["update", "--threads", "1000000000"], "--threads: 1000000000"),
-        (["update", "--model", "x" * 5000], "--model x"),
-        (["update", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
-        (["update", "--model", "resnet18", "--only", "nothing"], "--only nothing: there is no"),
-        (["update", "--model", "resnet18", "--out", "/dev/null/x"], "--out /dev/null/x: it cannot"),
+        (["optimizer", "--threads", "0"], "--threads: 0"),
+        (["optimizer", "--threads", "1000000000"], "--threads: 1000000000"),
+        (["optimizer", "--model", "x" * 5000], "--model x"),
+        (["optimizer", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
+        (["optimizer", "--model", "resnet18", "--only", "nothing"], "--only nothing: there is no"),
+        (
+            ["optimizer", "--model", "resnet18", "--out", "/dev/null/x"],
+            "--out /dev/null/x: it cannot",
+        ),
         (["checkpoint", "--folder", "/nowhere"], "--folder /nowhere: there is no such folder"),
         (["checkpoint", "--model", "resnet18", "--out", "/dev/null"], "--out /dev/null: it is not"),
     ],

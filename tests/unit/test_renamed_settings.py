@@ -65,3 +65,11 @@ def test_the_command_line_says_it_in_one_line(capsys):
             "hvd_lbt 0.3."
         )
     ]
+
+
+@pytest.mark.parametrize(("old", "new"), [("update", "optimizer"), ("step", "allreduce_step")])
+def test_a_renamed_command_works_and_warns(capsys, old, new):
+    assert main(["bench", old, "--help"]) == 0
+    said = capsys.readouterr()
+    assert f"usage: hvd_lbt bench {new}" in said.out
+    assert f"`hvd_lbt bench {old}` is called `hvd_lbt bench {new}` now" in said.err

@@ -271,7 +271,7 @@ def _measure(case: Case, net: Net, args: argparse.Namespace, lines: Lines, threa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `hvd_lbt bench update`."""
+    """The command line of `hvd_lbt bench optimizer`."""
     add_model_argument(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -295,7 +295,7 @@ def main(args: argparse.Namespace) -> int:
         "instructions": ops.cpu_isa(),
         **SETTINGS,
     }
-    lines = Lines("update", settings=settings, path=args.out)
+    lines = Lines("optimizer", settings=settings, path=args.out)
     before, measured = torch.get_num_threads(), 0
     try:
         for threads in args.threads if args.device == "cpu" else [before]:

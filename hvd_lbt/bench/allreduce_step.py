@@ -1,6 +1,6 @@
-"""`hvd_lbt bench step`: from accumulated gradients to updated weights, on real ranks.
+"""`hvd_lbt bench allreduce_step`: from accumulated gradients to updated weights, on real ranks.
 
-Run it under a launcher: `launch/local 2 bench step`. ResNet-50's parameters; the backward is
+Run it under a launcher: `launch/local 2 bench allreduce_step`. ResNet-50's parameters; the backward is
 replaced by one that hands out gradients that are there already, one after the other, last parameter
 first, as a real one does. What plain autograd takes for that, accumulation included, is measured
 beside and taken off: the rest is communication and update. The peers in the same run, both with
@@ -47,7 +47,7 @@ TOLERANCE = 2 * 2.0**-11
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hvd_lbt bench step`."""
+    """The arguments of `hvd_lbt bench allreduce_step`."""
     parser.add_argument("--accumulate", type=count, nargs="+", default=[1, 4], metavar="N")
     parser.add_argument("--bucket-mb", type=positive, default=25.0)
     parser.add_argument("--hidden", action="store_true", help="what a real backward hides")
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
     world = comm.init()
     device = local_device(world)
     lines = Lines(
-        "step",
+        "allreduce_step",
         settings={
             "network": args.model,
             "world_size": world.size,
