@@ -99,12 +99,12 @@ def init(device: int | None = None) -> World:
     _opened[:] = _connected(opened)
     world = _here(device)
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
+        if world.device >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {world.local_rank} has no GPU: this node shows "
+                f"local rank {world.device} has no GPU: this node shows "
                 f"{torch.cuda.device_count()}. Start at most one rank a GPU."
             )
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(world.device)
     _world = world
     return world
 
@@ -120,8 +120,9 @@ def _here(device: int | None) -> World:
     return World(
         rank=hvd.rank(),
         size=hvd.size(),
-        local_rank=hvd.local_rank() if device is None else device,
+        local_rank=hvd.local_rank(),
         local_size=hvd.local_size(),
+        device=hvd.local_rank() if device is None else device,
     )
 
 

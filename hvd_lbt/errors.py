@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend."""
+"""The errors a user can cause and fix."""
 
 
 class UserError(ValueError):

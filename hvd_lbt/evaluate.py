@@ -124,6 +124,6 @@ def local_device(world: World) -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", world.device)
     ops.require_on(device)
     return device

@@ -39,7 +39,7 @@ TOLERANCE = CHECKED_UPDATES * 16 * 2.0**-24
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One side of a comparison: what it runs, and the tensors that must come out equal."""
 
     run: Callable[[], object]
@@ -52,11 +52,11 @@ class Case:
 
     name: str
     bytes_per_element: int
-    ours: Way
-    peers: dict[str, Way] = field(default_factory=dict)
+    ours: Variant
+    peers: dict[str, Variant] = field(default_factory=dict)
 
 
-class Net:
+class Shapes:
     """A network's weights, and flat buckets that hold a gradient of each of them."""
 
     def __init__(self, shapes: list[torch.Size], device: torch.device) -> None:
@@ -84,7 +84,7 @@ def _updated(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> li
     return [*(param.detach() for param in params), *momenta]
 
 
-def _ours(net: Net, gradient: Tensor, *, scaled: bool = False) -> Way:
+def _ours(net: Shapes, gradient: Tensor, *, scaled: bool = False) -> Variant:
     """FusedSGD, straight from a bucket; `scaled`: divides by the wire's scale, as in training."""
     params = net.weights()
     optimizer = FusedSGD(params, **SETTINGS)
@@ -93,10 +93,10 @@ def _ours(net: Net, gradient: Tensor, *, scaled: bool = False) -> Way:
         grad_scale=torch.full((), SCALE, device=net.device) if scaled else None,
     )
     optimizer.set_gradient_source(lambda: given)
-    return Way(run=optimizer.step, results=lambda: _updated(params, optimizer))
+    return Variant(run=optimizer.step, results=lambda: _updated(params, optimizer))
 
 
-def _torch(net: Net, gradient: Tensor, kind: str, *, scaled: str = "") -> Way:
+def _torch(net: Shapes, gradient: Tensor, kind: str, *, scaled: str = "") -> Variant:
     """torch.optim.SGD. It wants fp32 gradients: another form is copied to fp32 first, all at once.
 
     scaled: "in the kernel" hands the scale to the fused kernel; "by GradScaler" has its pass over
@@ -120,10 +120,10 @@ def _torch(net: Net, gradient: Tensor, kind: str, *, scaled: str = "") -> Way:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found, 1 / scale)  # type: ignore[arg-type]
         optimizer.step()
 
-    return Way(run=run, results=lambda: _updated(params, optimizer))
+    return Variant(run=run, results=lambda: _updated(params, optimizer))
 
 
-def _apex(net: Net, gradient: Tensor) -> dict[str, Way]:
+def _apex(net: Shapes, gradient: Tensor) -> dict[str, Variant]:
     """apex's FusedSGD, where it is installed (it has CUDA kernels only)."""
     if net.device.type != "cuda":
         return {}
@@ -135,10 +135,10 @@ def _apex(net: Net, gradient: Tensor) -> dict[str, Way]:
     optimizer = apex.FusedSGD(params, **SETTINGS)
     for param, grad in zip(params, net.views(gradient), strict=True):
         param.grad = grad
-    return {"apex": Way(run=optimizer.step, results=lambda: _updated(params, optimizer))}
+    return {"apex": Variant(run=optimizer.step, results=lambda: _updated(params, optimizer))}
 
 
-def _update_cases(net: Net) -> Iterator[Case]:
+def _update_cases(net: Shapes) -> Iterator[Case]:
     # Weight and momentum are read and written (16 bytes), the gradient is read.
     for name, form in FORMS.items():
         gradient = net.random(2).to(form)
@@ -159,7 +159,7 @@ def _update_cases(net: Net) -> Iterator[Case]:
     )
 
 
-def _wire_cases(net: Net) -> Iterator[Case]:
+def _wire_cases(net: Shapes) -> Iterator[Case]:
     source = net.random(3)
     sources = [piece.clone() for piece in net.views(source)]
     scale = torch.full((), SCALE, device=net.device)
@@ -177,8 +177,8 @@ def _wire_cases(net: Net) -> Iterator[Case]:
         yield Case(
             f"pack to {name} with flag",
             4 + 2,
-            Way(run=pack, results=partial(list, (ours, overflow))),
-            {"torch": Way(run=torch_pack, results=partial(list, (theirs, flag)))},
+            Variant(run=pack, results=partial(list, (ours, overflow))),
+            {"torch": Variant(run=torch_pack, results=partial(list, (theirs, flag)))},
         )
     wire = net.random(3).half()
     wires = net.views(wire)
@@ -187,9 +187,9 @@ def _wire_cases(net: Net) -> Iterator[Case]:
     yield Case(
         "unpack from fp16",
         2 + 4,
-        Way(run=lambda: ops.unpack_wire_(targets, wires, scale), results=lambda: targets),
+        Variant(run=lambda: ops.unpack_wire_(targets, wires, scale), results=lambda: targets),
         {
-            "torch": Way(
+            "torch": Variant(
                 run=lambda: flat.copy_(wire).div_(scale),  # torch.div would round to fp16
                 results=lambda: net.views(flat),
             )
@@ -197,7 +197,7 @@ def _wire_cases(net: Net) -> Iterator[Case]:
     )
 
 
-def _launches(way: Way) -> int:
+def _launches(way: Variant) -> int:
     """How many kernels one run starts on the GPU."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -219,7 +219,7 @@ def _repeat(run: Callable[[], object], times: int) -> Callable[[], None]:
     return many
 
 
-def _measure(case: Case, net: Net, args: argparse.Namespace, lines: Lines, threads: int) -> None:
+def _measure(case: Case, net: Shapes, args: argparse.Namespace, lines: Lines, threads: int) -> None:
     ways = {"hvd_lbt": case.ours} | case.peers
     for _ in range(CHECKED_UPDATES):
         for way in ways.values():
@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     recipe = model_recipe(args.model)
     shapes = [param.shape for param in build_model(recipe, 1000, 32).parameters()]
-    net = Net(shapes, device)
+    net = Shapes(shapes, device)
     settings = {
         "model": args.model,
         "tensors": len(shapes),

@@ -200,7 +200,7 @@ def _look(entries: Iterable[os.DirEntry[str]], asked: list[Path]) -> _Seen:
         elif entry.is_symlink() and not path.exists():
             seen.findings.errors.append(
                 f"{printable(entry.path)} is a link to {printable(os.readlink(path))!r}, which is "
-                "not there: mend the link, or remove it."
+                "not there: repair the link, or remove it."
             )
         elif entry.is_dir():
             seen.folders.append(entry)

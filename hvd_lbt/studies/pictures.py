@@ -12,12 +12,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from hvd_lbt.report.pictures import FONTS
 from hvd_lbt.report.runs import COLOURS
 
-Found = dict[str, Any]
+Results = dict[str, Any]
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
 def draw_curves(
-    found: Found,
+    found: Results,
     columns: Sequence[tuple[str, str]] = (
         ("loss", "epochs"),
         ("loss", "updates"),
@@ -65,7 +65,7 @@ def draw_curves(
     return figure
 
 
-def _late_range(arms: Sequence[Found]) -> tuple[float, float]:
+def _late_range(arms: Sequence[Results]) -> tuple[float, float]:
     """The range of the accuracies after the first fifth of the run, and some room."""
     late = [
         value
@@ -81,8 +81,8 @@ def _late_range(arms: Sequence[Found]) -> tuple[float, float]:
 
 
 def draw_peaks(
-    found: Found,
-    peaks: Callable[[Found, str], tuple[list[float], list[float], list[float]]],
+    found: Results,
+    peaks: Callable[[Results, str], tuple[list[float], list[float], list[float]]],
 ) -> Figure:
     """Above: accuracy against batch, one panel a quantity; below: where each curve has its peak."""
     panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))

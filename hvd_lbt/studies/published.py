@@ -13,23 +13,23 @@ from functools import partial
 import numpy as np
 
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
-from hvd_lbt.studies.trainings import Arm, Digits, Found, Study, Verdict
+from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
 
 SAME = 1.0  # percentage points within which two mean accuracies count as the same
 DIGITS = Digits(train_samples=1200)
 
 
-def find(found: Found, name: str) -> Found:
+def find(found: Results, name: str) -> Results:
     """The arm of this name."""
     return next(arm for arm in found["arms"] if arm["name"] == name)
 
 
-def mean(arm: Found) -> float:
+def mean(arm: Results) -> float:
     """Mean final test accuracy in percent."""
     return float(np.mean(arm["finals"]))
 
 
-def difference(arm: Found, other: Found) -> tuple[float, float]:
+def difference(arm: Results, other: Results) -> tuple[float, float]:
     """Mean final test accuracy of `arm` minus that of `other`; its standard error; in points."""
     finals = [one["finals"] for one in (arm, other)]
     if min(map(len, finals)) < 2:
@@ -37,7 +37,7 @@ def difference(arm: Found, other: Found) -> tuple[float, float]:
     return mean(arm) - mean(other), math.sqrt(sum(np.var(one, ddof=1) / len(one) for one in finals))
 
 
-def told(values: tuple[float, float]) -> str:
+def format_difference(values: tuple[float, float]) -> str:
     """A difference with its standard error, which one seed alone does not have."""
     if math.isnan(values[1]):
         return f"{values[0]:+.2f}"
@@ -77,7 +77,7 @@ def _three_schedules(
     )
 
 
-def judge_three_schedules(found: Found) -> Verdict:
+def judge_three_schedules(found: Results) -> Verdict:
     """Same accuracy and loss, at the end and before; fewer updates the more the batch grows."""
     held, parts = True, []
     for optimizer in OPTIMIZERS:
@@ -89,7 +89,7 @@ def judge_three_schedules(found: Found) -> Verdict:
         held &= all(abs(points) <= SAME for points, _ in differences)
         held &= 1 / 1.5 <= ratio <= 1.5 and decay["updates"] > hybrid["updates"] > grow["updates"]
         parts.append(
-            f"{optimizer}: {told(differences[0])} points for hybrid and {told(differences[1])} for "
+            f"{optimizer}: {format_difference(differences[0])} points for hybrid and {format_difference(differences[1])} for "
             f"grow_batch against decay_lr's {mean(decay):.2f} %, training loss of grow_batch "
             f"{ratio:.2f} times decay_lr's at equal epochs (geometric mean), in "
             f"{grow['updates']:,} instead of {decay['updates']:,} updates, after which decay_lr's "
@@ -102,7 +102,7 @@ def judge_three_schedules(found: Found) -> Verdict:
     )
 
 
-def loss_ratio(arm: Found, other: Found) -> float:
+def loss_ratio(arm: Results, other: Results) -> float:
     """Geometric mean over the epochs of one training-loss curve divided by another."""
     epochs = np.array(arm["loss"]["epochs"])
     theirs = np.interp(epochs, other["loss"]["epochs"], other["loss"]["mean"])
@@ -112,7 +112,7 @@ def loss_ratio(arm: Found, other: Found) -> float:
 # --------------------------------------------------------------------------------- fewer updates
 
 
-def judge_fewer_updates(found: Found) -> Verdict:
+def judge_fewer_updates(found: Results) -> Verdict:
     """Each schedule has fewer updates than the one before; only the last may lose accuracy."""
     first, *others = arms = found["arms"]
     updates = [arm["updates"] for arm in arms]
@@ -123,7 +123,7 @@ def judge_fewer_updates(found: Found) -> Verdict:
     return Verdict(
         held=held,
         sentence=f"Updates (test accuracy): {listed}. Against the first in points: "
-        f"{', '.join(told(one) for one in differences)}. (Held: fewer updates each time, and only "
+        f"{', '.join(format_difference(one) for one in differences)}. (Held: fewer updates each time, and only "
         f"the last loses more than {SAME:g} point.)",
     )
 
@@ -131,7 +131,7 @@ def judge_fewer_updates(found: Found) -> Verdict:
 # ----------------------------------------------------------------------------- momentum settling
 
 
-def judge_momentum_settling(found: Found) -> Verdict:
+def judge_momentum_settling(found: Results) -> Verdict:
     """A raised momentum costs accuracy, and a treatment wins back at least half of the cost."""
     parts, held = [], True
     for panel in dict.fromkeys(arm["panel"] for arm in found["arms"]):
@@ -146,13 +146,13 @@ def judge_momentum_settling(found: Found) -> Verdict:
             cost, won = difference(reference, untreated), difference(treated, untreated)
             lost, back = _beyond_error(cost), _beyond_error(won)
             held &= lost and back and won[0] >= cost[0] / 2
-            gain = f"changes that by {told(won)} points"
+            gain = f"changes that by {format_difference(won)} points"
             if lost and back:
-                gain = f"wins back {told(won)}, {won[0] / cost[0]:.0%} of it"
+                gain = f"wins back {format_difference(won)}, {won[0] / cost[0]:.0%} of it"
             elif _beyond_error((-won[0], won[1])):
-                gain = f"loses more: {told(won)}"
+                gain = f"loses more: {format_difference(won)}"
             said.append(
-                f"raised {what} it costs {told(cost)} "
+                f"raised {what} it costs {format_difference(cost)} "
                 f"points{'' if lost else ' (not more than its error allows)'}, {treatment} {gain}"
             )
         where = f"With {panel}: " if panel else ""
@@ -173,7 +173,7 @@ def _beyond_error(values: tuple[float, float]) -> bool:
 # -------------------------------------------------------------------------------- warm-up or not
 
 
-def judge_warmup_or_not(found: Found) -> Verdict:
+def judge_warmup_or_not(found: Results) -> Verdict:
     """Linear scaling needs the warm-up; a batch that grows does without it."""
     small, cold, warm, grown = (find(found, n) for n in ("small", "no_warm_up", "warm_up", "grown"))
     helps = difference(warm, cold)
@@ -182,10 +182,10 @@ def judge_warmup_or_not(found: Found) -> Verdict:
     return Verdict(
         held=held,
         sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), "
-        f"in points: linear scaling without warm-up {told(losses['no_warm_up'])}, with it "
-        f"{told(losses['warm_up'])} ({warm['updates']:,} updates), the grown batch without warm-up "
-        f"{told(losses['grown'])} ({grown['updates']:,} updates). The warm-up is worth "
-        f"{told(helps)}; without it the training loss ends "
+        f"in points: linear scaling without warm-up {format_difference(losses['no_warm_up'])}, with it "
+        f"{format_difference(losses['warm_up'])} ({warm['updates']:,} updates), the grown batch without warm-up "
+        f"{format_difference(losses['grown'])} ({grown['updates']:,} updates). The warm-up is worth "
+        f"{format_difference(helps)}; without it the training loss ends "
         f"{np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. "
         "(Held: the warm-up is worth more than two standard errors, and the grown batch loses at "
         f"most {SAME:g} point without it.)",
@@ -236,7 +236,7 @@ def peak(batches: Sequence[float], accuracies: Sequence[float]) -> float:
     return float(2 ** np.clip(top, x[0], x[-1]))
 
 
-def peaks(found: Found, quantity: str) -> tuple[list[float], list[float], list[float]]:
+def peaks(found: Results, quantity: str) -> tuple[list[float], list[float], list[float]]:
     """The values of a quantity, the batch of the peak at each, and its jackknife error in log2."""
     values: list[float] = []
     tops: list[float] = []
@@ -255,7 +255,7 @@ def peaks(found: Found, quantity: str) -> tuple[list[float], list[float], list[f
     return values, tops, errors
 
 
-def exponent(found: Found, quantity: str) -> tuple[float, float]:
+def exponent(found: Results, quantity: str) -> tuple[float, float]:
     """p of B_peak ∝ quantity^p by least squares in logarithms, and its standard error."""
     values, tops, errors = peaks(found, quantity)
     x = np.log2(values) - np.mean(np.log2(values))
@@ -263,7 +263,7 @@ def exponent(found: Found, quantity: str) -> tuple[float, float]:
     return float(weights @ np.log2(tops)), float(np.sqrt(np.sum((weights * errors) ** 2)))
 
 
-def judge_optimum_batch(found: Found) -> Verdict:
+def judge_optimum_batch(found: Results) -> Verdict:
     """The peak moves as lr, as N and as 1/(1−m): exponents of 1."""
     held, parts = True, []
     for quantity in SWEEPS:
@@ -397,7 +397,7 @@ def _both_scales(
     claim: str,
     laptop: str,
     arms: tuple[tuple[Arm, ...], tuple[Arm, ...]],
-    judge: Callable[[Found], Verdict],
+    judge: Callable[[Results], Verdict],
     seeds: int = 5,
 ) -> tuple[Study, Study]:
     """The study on the digits, and on CIFAR-10 with three seeds."""

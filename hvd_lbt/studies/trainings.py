@@ -29,7 +29,7 @@ from hvd_lbt.rounding import five_digits
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
 
-Found = dict[str, Any]  # what a study measured, plain enough for JSON
+Results = dict[str, Any]  # what a study measured, plain enough for JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ class Study:
     setting: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    draw: Callable[[Found], Figure] = field(repr=False)
-    judge: Callable[[Found], Verdict] = field(repr=False)
+    draw: Callable[[Results], Figure] = field(repr=False)
+    judge: Callable[[Results], Verdict] = field(repr=False)
     curves: bool = True
     """Whether it draws loss and accuracy on the way."""
 
@@ -269,7 +269,7 @@ def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequen
 # --------------------------------------------------------------------------------------- numbers
 
 
-def collect(study: Study, runs: dict[Path, Run]) -> Found:
+def collect(study: Study, runs: dict[Path, Run]) -> Results:
     """The numbers that are drawn and judged, of all arms."""
     arms = []
     for arm in study.arms:
@@ -323,7 +323,7 @@ def _curve(band: Band) -> dict[str, list[float]]:
     }
 
 
-def compact_json(found: Found) -> str:
+def compact_json(found: Results) -> str:
     """JSON with one line for each list of numbers, five digits each."""
 
     def written(value: Any, indent: str) -> str:
@@ -348,13 +348,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 # ------------------------------------------------------------------------------------------ page
 
 
-def made_with(found: Found) -> str:
+def made_with(found: Results) -> str:
     """The last line of a study's page: the versions and the revision behind its numbers."""
     made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"Made with {made}" + (f", revision {found['revision']}." if found["revision"] else ".")
 
 
-def page(study: Study, found: Found) -> str:
+def page(study: Study, found: Results) -> str:
     """The study's page, in Markdown."""
     scale = "" if study.scale == "laptop" else f" --scale {study.scale} --data FOLDER"
     verdict = study.judge(found)
@@ -400,9 +400,9 @@ def page(study: Study, found: Found) -> str:
     )
 
 
-def _row_label(arm: Found) -> str:
+def _row_label(arm: Results) -> str:
     return arm["label"] if arm["panel"] in arm["label"] else f"{arm['panel']}: {arm['label']}"
 
 
-def _batches(arm: Found) -> str:
+def _batches(arm: Results) -> str:
     return " → ".join(f"{batch:,}" for batch in dict.fromkeys(arm["global_batches"]))
