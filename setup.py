@@ -1,8 +1,8 @@
 """Builds hvd_lbt._C, the extension; everything else about the package stands in pyproject.toml.
 
 HVD_LBT_CUDA=1 adds the CUDA kernels: it needs nvcc (CUDA_HOME) and a CUDA build of PyTorch, and no
-GPU. TORCH_CUDA_ARCH_LIST picks the GPUs, "8.0;9.0+PTX" unless set. HVD_LBT_SANITIZE=1 builds the CPU
-part for AddressSanitizer and UndefinedBehaviorSanitizer (launch/sanitize).
+GPU. TORCH_CUDA_ARCH_LIST picks the GPUs, "8.0;9.0+PTX" unless set. HVD_LBT_SANITIZE=1 builds the
+CPU part for AddressSanitizer and UndefinedBehaviorSanitizer (launch/sanitize).
 """
 
 import os

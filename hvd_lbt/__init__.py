@@ -1,4 +1,5 @@
-"""Large-batch training for PyTorch on Horovod: grow the batch instead of decaying the learning rate.
+"""Large-batch training for PyTorch on Horovod: grow the batch instead of decaying the learning
+rate.
 
     import hvd_lbt
     from hvd_lbt import Milestone, Schedule

@@ -83,8 +83,8 @@ class Checkpoints:
     def save(self, update: int, state: Mapping[str, Any], *, best: bool = False) -> None:
         """Copy the state after `update` updates now; the thread writes it. No more than one waits.
 
-        Raises on all ranks: CheckpointError if the save before could not be written, RuntimeError if the
-        ranks' weights differ.
+        Raises on all ranks: CheckpointError if the save before could not be written, RuntimeError
+        if the ranks' weights differ.
         """
         told = self._allgather((self._error(), weights_checksum(state["model"])))
         _raise_first(error for error, _ in told)
@@ -95,7 +95,9 @@ class Checkpoints:
             self._writing = self._writer.submit(self._write, update, copy, best)
 
     def wait(self) -> None:
-        """Return when the last save is on disk; raises CheckpointError on all ranks if it is not."""
+        """Return when the last save is on disk; raises CheckpointError on all ranks if it is
+        not.
+        """
         _raise_first(self._allgather(self._error()))
 
     def last_good(self) -> str:
@@ -214,8 +216,8 @@ def open_run(
         changes = recipe.changes_since(state["recipe"])
         if changes:
             raise UserError(
-                f"{out} was trained with another recipe: {changes}. Resume with the same recipe and "
-                "--set values, or choose another --out."
+                f"{out} was trained with another recipe: {changes}. Resume with the same recipe "
+                "and --set values, or choose another --out."
             )
         count = int(splits["train"]["count"])
         if state["train_samples"] != count:
@@ -278,8 +280,8 @@ def check(file: Path) -> None:
         raise DamagedError(f"The checkpoint {file} is missing.")
     raise DamagedError(
         f"The checkpoint {file} cannot be checked: {digest_file} is missing. Copy it along (for "
-        f"{BEST}, which is a link, that of the file it leads to). If you know that the file is whole: "
-        f"sha256sum {file} > {digest_file}"
+        f"{BEST}, which is a link, that of the file it leads to). If you know that the file is "
+        f"whole: sha256sum {file} > {digest_file}"
     )
 
 
@@ -353,7 +355,8 @@ def main(args: argparse.Namespace) -> int:
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out {out}: it could not be written ({_reason(error)}).") from error
     print(
-        f"{printable(out)}: the weights after {state['update']:,} updates, for model.load_state_dict"
+        f"{printable(out)}: the weights after {state['update']:,} updates, for "
+        "model.load_state_dict"
     )
     classes = state["classes"]
     shown = ", ".join(f"{label} {printable(name)}" for label, name in enumerate(classes[:12]))
@@ -370,8 +373,8 @@ def _raise_first(errors: Iterable[str]) -> None:
 def _weights_agree(checksums: Sequence[int], updates_done: int) -> None:
     if len(set(checksums)) > 1:
         raise RuntimeError(
-            f"the ranks' weights differ after {updates_done} updates (CRC-32 by rank: {checksums}). "
-            "Nothing was written; resume from the checkpoint before."
+            f"the ranks' weights differ after {updates_done} updates (CRC-32 by rank: "
+            f"{checksums}). Nothing was written; resume from the checkpoint before."
         )
 
 

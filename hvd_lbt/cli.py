@@ -1,4 +1,6 @@
-"""The command line: find the module that owns the command, call it, print errors in one paragraph."""
+"""The command line: find the module that owns the command, call it, print errors in one
+paragraph.
+"""
 
 import argparse
 import importlib
@@ -118,8 +120,8 @@ def _with_new_names(words: Sequence[str]) -> list[str]:
     for (group, old), new in RENAMED.items():
         if [*words[:2]] == [group, old]:
             warnings.warn(
-                f"`hvd_lbt {group} {old}` is called `hvd_lbt {group} {new}` now; the old name works "
-                "until hvd_lbt 0.3.",
+                f"`hvd_lbt {group} {old}` is called `hvd_lbt {group} {new}` now; the old name "
+                "works until hvd_lbt 0.3.",
                 RenamedWarning,
                 stacklevel=2,
             )
@@ -152,7 +154,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
             EXIT_USER_ERROR,
-            f"{self.prog}: {printable(message)[:1000]}. `{self.prog} --help` prints the arguments.\n",
+            f"{self.prog}: {printable(message)[:1000]}. `{self.prog} --help` prints the "
+            "arguments.\n",
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -237,7 +240,9 @@ def _tell(error: UserError) -> None:
 
 
 def _tell_failure(error: Exception, *, lost: bool) -> None:
-    """Print where this rank failed; what only follows from another rank's failure comes after it."""
+    """Print where this rank failed; what only follows from another rank's failure comes after
+    it.
+    """
     who = f"hvd_lbt: rank {_rank()} on {os.uname().nodename}"
     if lost:
         time.sleep(SECONDS_TO_TELL)

@@ -147,7 +147,9 @@ def _end_mpi() -> None:
 
 
 def horovod() -> Any:
-    """Horovod's own module, for what this one does not cover: process sets, timeline, peers to measure."""
+    """Horovod's own module, for what this one does not cover: process sets, timeline, peers to
+    measure.
+    """
     return hvd
 
 
@@ -186,15 +188,18 @@ def broadcast_(tensors: Mapping[str, Tensor], root: int = 0) -> None:
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
-    """A dense tensor's memory in its own order: Horovod refuses what is not contiguous (channels_last)."""
+    """A dense tensor's memory in its own order: Horovod refuses what is not contiguous
+    (channels_last).
+    """
     return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def broadcast_object(value: Any, root: int = 0) -> Any:
-    """Give every rank `root`'s plain value: numbers, strings, None, tensors; lists and dicts of them.
+    """Give every rank `root`'s plain value: numbers, strings, None, tensors; lists and dicts of
+    them.
 
-    Nothing that arrives is unpickled as code: unlike Horovod's function of this name, a process that
-    poses as `root` can send data only. TypeError, on `root`, for what is not plain.
+    Nothing that arrives is unpickled as code: unlike Horovod's function of this name, a process
+    that poses as `root` can send data only. TypeError, on `root`, for what is not plain.
     """
     here = _packed(value) if hvd.rank() == root else torch.zeros(0, dtype=torch.uint8)
     with _WaitingFor(f"a broadcast of rank {root}'s data"):
@@ -308,10 +313,11 @@ def connections() -> list[tuple[str, str]]:
 
 
 def disconnect() -> None:
-    """End the connections of this world, from another thread than the one that waits in a collective.
+    """End the connections of this world, from another thread than the one that waits in a
+    collective.
 
-    When a rank dies, Gloo notices only in the ranks that talk to it just then; the others would wait
-    for them until its timeout. Disconnected, a collective raises WorkerLostError at once.
+    When a rank dies, Gloo notices only in the ranks that talk to it just then; the others would
+    wait for them until its timeout. Disconnected, a collective raises WorkerLostError at once.
     """
     for number, own, other in _opened:
         with suppress(OSError), _socket(number) as connection:
@@ -322,7 +328,8 @@ def disconnect() -> None:
 def _open_files() -> dict[int, str]:
     """This process's file descriptors and what each is, such as socket:[4711].
 
-    A number alone says nothing: one that the last world has closed is soon given to a new connection.
+    A number alone says nothing: one that the last world has closed is soon given to a new
+    connection.
     """
     found = {}
     for name in os.listdir("/proc/self/fd"):

@@ -1,4 +1,6 @@
-"""From recipe and plan to the optimizer: which parameters decay, and each update's lr and momentum."""
+"""From recipe and plan to the optimizer: which parameters decay, and each update's lr and
+momentum.
+"""
 
 from torch import nn
 
@@ -33,11 +35,11 @@ def set_hyperparameters(optimizer: FusedSGD, update: Update, schedule: Schedule)
     A changed momentum leaves the buffer g/(1−m_old) away from its new steady state g/(1−m_new);
     `momentum_change: rescale` multiplies it there at once instead of waiting 1/(1−m_new) updates.
 
-    A buffer that begins at zero suppresses the first updates: the t-th, from 1, is as long as if the
-    lr were ε·(1−m^t), with Nesterov's momentum ε·(1−m^(t+1)). `momentum_start: corrected` divides
-    the lr by that share, as Adam corrects its bias, so that a constant gradient moves the weights by
-    ε/(1−m) times itself from the first update on. (Smith et al. 2018, section 4: the suppression,
-    over B/(N(1−m)) epochs, as the cause of accuracy lost with a large m.)
+    A buffer that begins at zero suppresses the first updates: the t-th, from 1, is as long as if
+    the lr were ε·(1−m^t), with Nesterov's momentum ε·(1−m^(t+1)). `momentum_start: corrected`
+    divides the lr by that share, as Adam corrects its bias, so that a constant gradient moves the
+    weights by ε/(1−m) times itself from the first update on. (Smith et al. 2018, section 4: the
+    suppression, over B/(N(1−m)) epochs, as the cause of accuracy lost with a large m.)
     """
     before = optimizer.param_groups[0]["momentum"]
     if schedule.momentum_change == "rescale" and before != update.momentum:

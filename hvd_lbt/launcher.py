@@ -1,9 +1,9 @@
 """What started this rank: when it is gone, the rank saves and ends instead of training on alone.
 
-A rank's launcher is its nearest ancestor of LAUNCHERS; on other nodes than the first that is mpirun's
-orted, which ends with mpirun. The scripts in launch/ put launch/supervise.py above it, two
-processes of which one is enough: the one that is left ends the others. Without a launcher nothing is
-watched, since a rank that was started by hand may outlive its shell; elastic workers ask their
+A rank's launcher is its nearest ancestor of LAUNCHERS; on other nodes than the first that is
+mpirun's orted, which ends with mpirun. The scripts in launch/ put launch/supervise.py above it, two
+processes of which one is enough: the one that is left ends the others. Without a launcher nothing
+is watched, since a rank that was started by hand may outlive its shell; elastic workers ask their
 driver themselves.
 """
 
@@ -30,8 +30,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 def watch() -> None:
     """Begin to watch what started this process, if that is a launcher; see the module's docstring.
 
-    When it is gone this process gets SIGUSR1, which stops a training after the update under way, and
-    is ended SECONDS_TO_SAVE later.
+    When it is gone this process gets SIGUSR1, which stops a training after the update under way,
+    and is ended SECONDS_TO_SAVE later.
     """
     if "HVD_LBT_ELASTIC" in os.environ:
         return

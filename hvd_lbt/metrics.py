@@ -55,7 +55,9 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The git revision of this program, with + if files differ from it; empty outside a checkout."""
+    """The git revision of this program, with + if files differ from it; empty outside a
+    checkout.
+    """
     try:
         return subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"],
@@ -311,9 +313,11 @@ class RunLog:
         }
         self.event("end", reason=reason, update=update, peak_memory_bytes=peak, **totals)
         self.say(
-            f"{update:,} updates done · {self._share():.1%} of the training time was spent waiting for data"
+            f"{update:,} updates done · {self._share():.1%} of the training time was spent waiting "
+            "for data"
             + (
-                f" · {self._skipped_samples:,} samples skipped: {self._folder}/skipped_samples.*.txt"
+                f" · {self._skipped_samples:,} samples skipped: "
+                f"{self._folder}/skipped_samples.*.txt"
                 if self._skipped_samples
                 else ""
             )
@@ -339,7 +343,8 @@ class RunLog:
             f"{record['update'] + 1:,}/{self.plan.updates:,} · global batch "
             f"{record['global_batch']:,} · lr {record['lr']:.4g} · m {record['momentum']:.4g} · "
             f"g {record['noise_scale']:.4g} · {noise}{record['images_per_second']:,.0f} images/s "
-            f"(waits {record['data_wait']:.0%} for data, {self._share():.0%} in all) · loss {loss}{self._accuracy}"
+            f"(waits {record['data_wait']:.0%} for data, {self._share():.0%} in all) · loss "
+            f"{loss}{self._accuracy}"
             + (f" · {self._skipped_samples:,} samples skipped" if self._skipped_samples else "")
             + (
                 f" · {record['underflow']:.0%} of the gradients are below fp16's normal numbers"

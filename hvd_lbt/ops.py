@@ -1,8 +1,8 @@
 """The extension's operators, typed, and a twin of each in plain torch.
 
-The operators are `torch.ops.hvd_lbt.*`; csrc/ops.cpp has the schemas. Every function here changes its
-tensors in place and returns nothing. Without the built extension the module imports, and calling an
-operator raises `UserError` with the command that builds it; the twins always work.
+The operators are `torch.ops.hvd_lbt.*`; csrc/ops.cpp has the schemas. Every function here changes
+its tensors in place and returns nothing. Without the built extension the module imports, and
+calling an operator raises `UserError` with the command that builds it; the twins always work.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ def require_on(device: torch.device) -> None:
     key = device.type.upper()
     if not has_kernels(key):
         raise UserError(
-            f"the extension hvd_lbt._C has no {key} kernels, and this process sees such a device. Build "
-            "them (HVD_LBT_CUDA=1 launch/setup), or hide the GPU (CUDA_VISIBLE_DEVICES=) to train "
-            "on the CPU."
+            f"the extension hvd_lbt._C has no {key} kernels, and this process sees such a device. "
+            "Build them (HVD_LBT_CUDA=1 launch/setup), or hide the GPU (CUDA_VISIBLE_DEVICES=) to "
+            "train on the CPU."
         )
 
 
@@ -56,7 +56,9 @@ def cpu_isa(choose: str | None = None) -> str:
 
 
 def laid_out_as(tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` in the other's order of memory and in `dtype` [its own], copied only if it is not."""
+    """`tensor` in the other's order of memory and in `dtype` [its own], copied only if it is
+    not.
+    """
     if tensor.dtype == (dtype or tensor.dtype) and all(  # strides of size 1 do not matter
         own == its or size == 1
         for own, its, size in zip(tensor.stride(), like.stride(), like.shape, strict=True)
@@ -86,8 +88,9 @@ def fused_sgd_(
 
     params, momenta: float32, dense; grads: float32, float16 or bfloat16, each of its own; tensor i
     of every list has params[i]'s sizes and strides, all on one device. momenta may be empty when
-    momentum is 0. grad_scale, found_inf: one float32 on that device; found_inf ≠ 0 leaves everything
-    as it is, bit for bit. Nothing written may overlap anything else. Raises ValueError or TypeError naming the tensor.
+    momentum is 0. grad_scale, found_inf: one float32 on that device; found_inf ≠ 0 leaves
+    everything as it is, bit for bit. Nothing written may overlap anything else. Raises ValueError
+    or TypeError naming the tensor.
     """
     require()
     if not params:  # without a tensor torch does not know whose kernel to call
@@ -195,6 +198,7 @@ def unpack_wire_reference(
 
 
 if _missing is None:
-    # They return nothing, so there is no shape to infer: tracing passes, the checks come at run time.
+    # They return nothing, so there is no shape to infer: tracing passes, the checks come at run
+    # time.
     for _name in ("fused_sgd_", "pack_wire_", "unpack_wire_"):
         torch.library.register_fake(f"hvd_lbt::{_name}")(lambda *args, **kwargs: None)

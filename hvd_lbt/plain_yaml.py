@@ -109,7 +109,9 @@ class _Refused(Exception):
 
 
 class _Document:
-    """Builds the value of a document from the parser's events, and stops at the first it refuses."""
+    """Builds the value of a document from the parser's events, and stops at the first it
+    refuses.
+    """
 
     def __init__(self, events: Iterator[yaml.Event]):
         self._events = events

@@ -88,9 +88,13 @@ class DataRecipe(_Section):
     std: Triple
     """Then divided by, in 0..255."""
     classes: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)] | None = None
-    """A file with one class name a line, label 0 first; None: DATA/classes.txt, else sorted names."""
+    """A file with one class name a line, label 0 first; None: DATA/classes.txt, else sorted
+    names.
+    """
     on_bad_sample: Literal["error", "skip"] = "error"
-    """skip: an image that cannot be decoded is left out and listed; its update keeps its divisor."""
+    """skip: an image that cannot be decoded is left out and listed; its update keeps its
+    divisor.
+    """
     threads: Threads | None = None
     """DALI's threads on each worker; None: the node's cores, shared out among its workers."""
     prefetch: Threads = 2
@@ -98,7 +102,9 @@ class DataRecipe(_Section):
     readers: Threads = 4
     """Threads on each worker that read files."""
     cache_on_device: bool = False
-    """Decode all images at the start and keep them on the device, without DALI: for small images."""
+    """Decode all images at the start and keep them on the device, without DALI: for small
+    images.
+    """
     timeout: Positive = 300.0
     """Seconds after which a read without an answer ends the run with the file's name."""
 
@@ -119,8 +125,8 @@ class DataRecipe(_Section):
             value = getattr(self, key)
             if self.cache_on_device and value not in allowed:
                 raise ValueError(
-                    f"data.{key}: {value!r} does not go with data.cache_on_device, which keeps whole images "
-                    f"of data.image_size; it must be {' or '.join(map(str, allowed))}."
+                    f"data.{key}: {value!r} does not go with data.cache_on_device, which keeps "
+                    f"whole images of data.image_size; it must be {' or '.join(map(str, allowed))}."
                 )
         return self
 
@@ -157,7 +163,8 @@ class ModelRecipe(_Section):
             return name
         raise ValueError(
             "it must be resnet18, resnet34, resnet50, resnet101, resnet152, inception_resnet_v2, "
-            "perceptron, or wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as wide_resnet16_4"
+            "perceptron, or wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
+            "wide_resnet16_4"
         )
 
 
@@ -222,7 +229,9 @@ class ElasticRecipe(_Section):
     """Workers that come and go (`hvd_lbt elastic`)."""
 
     local_batch: Count | None = None
-    """Samples of an update that are worth a worker; a stage wishes for global batch / this, rounded up."""
+    """Samples of an update that are worth a worker; a stage wishes for global batch / this, rounded
+    up.
+    """
     commit_every: Count = 1
     """Updates between two copies of the state in memory: so many are done again after a loss."""
 
@@ -384,9 +393,9 @@ def _read_file(file: Path) -> dict[str, Any]:
         settings = plain_yaml.parse(plain_yaml.read_text(file, what), what)
     except FileNotFoundError:
         raise UserError(
-            f"{what}: there is no shipped recipe and no file of this name."
-            f"{_did_you_mean(str(file), shipped_recipes())} "
-            f"Shipped recipes: {', '.join(shipped_recipes())}."
+            f"{what}: there is no shipped recipe and no file of this "
+            f"name.{_did_you_mean(str(file), shipped_recipes())} Shipped recipes: "
+            f"{', '.join(shipped_recipes())}."
         ) from None
     if not isinstance(settings, dict):
         raise UserError(
@@ -402,7 +411,8 @@ def _set(settings: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(map(_is_key, keys)) or len(keys) > plain_yaml.MAX_DEPTH:
         raise UserError(
-            f"--set {override[:100]}: it must read section.key=value, such as --set schedule.lr=0.05."
+            f"--set {override[:100]}: it must read section.key=value, such as --set "
+            "schedule.lr=0.05."
         )
     value = plain_yaml.parse(text, f"--set {override[:100]}")
     if tuple(keys[:2]) in RENAMED:  # beside the new name of a file it must win, not be a second one
@@ -413,8 +423,8 @@ def _set(settings: dict[str, Any], override: str) -> None:
         settings = settings[key]
         if not isinstance(settings, dict):
             raise UserError(
-                f"--set {override[:100]}: {'.'.join(keys[:depth])} is {_shown(settings)}, which has no "
-                "keys of its own; set it as a whole."
+                f"--set {override[:100]}: {'.'.join(keys[:depth])} is {_shown(settings)}, which "
+                "has no keys of its own; set it as a whole."
             )
     settings[keys[-1]] = value
 
@@ -442,7 +452,8 @@ def _reason(details: Any) -> str:
         checks_section = isinstance(value, Mapping) or not location
         return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
-        return f"{where}: {_shown(value)} is no section; allowed keys: {', '.join(_keys_at(location))}."
+        keys = ", ".join(_keys_at(location))
+        return f"{where}: {_shown(value)} is no section; allowed keys: {keys}."
     message = details["msg"].replace("Input should be", "it must be", 1)
     message = message[0].lower() + message[1:]
     return f"{where}: {_shown(value)} is not allowed; {message}."
@@ -465,8 +476,8 @@ def _refuse_truth_for_numbers(settings: Any, section: Any, what: str, where: str
         value = settings.get(key)
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise UserError(
-                f"{what}: {where}{key}: {str(value).lower()} is not allowed; it must not be true or "
-                "false."
+                f"{what}: {where}{key}: {str(value).lower()} is not allowed; it must not be true "
+                "or false."
             )
         for inner in _sections_in(annotation):
             parts = value if isinstance(value, list | tuple) else [value]

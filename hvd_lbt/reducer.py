@@ -2,8 +2,8 @@
 
 The losses of one update, over all its micro-batches and ranks, sum to the mean loss over the global
 batch; so their gradients are only ever summed, and unequal shares weigh as they should. Gradients
-accumulate in fp32, in `.grad`, where autograd puts them. During the last backward each bucket of them
-is packed into its wire buffer and leaves when its last gradient is there; the update reads the
+accumulate in fp32, in `.grad`, where autograd puts them. During the last backward each bucket of
+them is packed into its wire buffer and leaves when its last gradient is there; the update reads the
 world's sum out of the wire buffers.
 
 The gradients outlive the sending. If a scaled gradient does not fit the wire, on any rank, or if
@@ -70,7 +70,8 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Sums the gradients of an update over micro-batches and ranks, and hands them to the optimizer.
+    """Sums the gradients of an update over micro-batches and ranks, and hands them to the
+    optimizer.
 
         reducer = GradientReducer(model, optimizer)  # after hvd_lbt.init()
         reducer.backward(loss, last=False)  # any number of micro-batches: nothing is sent
@@ -79,8 +80,8 @@ class GradientReducer:
 
     model: a module or (name, parameter) pairs. optimizer: FusedSGD, which reads the wire directly,
     or any torch optimizer, which finds the sum in `.grad` during its step. Reduced is what the
-    optimizer has and requires a gradient now; what a backward does not reach counts as a gradient of
-    zero (weight decay and momentum act on it). A parameter that is frozen later stays as it is.
+    optimizer has and requires a gradient now; what a backward does not reach counts as a gradient
+    of zero (weight decay and momentum act on it). A parameter that is frozen later stays as it is.
     allreduce_async(tensor, name) → handle begins the in-place *sum* over the ranks;
     synchronize(handle) waits for it. They and world are those of Horovod, after `hvd_lbt.init()`,
     unless given. wire: fp16, fp32, or bf16 where
@@ -257,7 +258,8 @@ class GradientReducer:
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor | None:
-        """|g|² of the gradient that the last step applied, fp32 on the device; the same on all ranks.
+        """|g|² of the gradient that the last step applied, fp32 on the device; the same on all
+        ranks.
 
         It is read from the wire: one more pass, for who measures now and then. None if that update
         was skipped, or sent again in fp32 (its sum is not on the wire).
@@ -288,7 +290,9 @@ class GradientReducer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, the same on all ranks; between updates nothing else is state."""
+        """What a resumed run needs, the same on all ranks; between updates nothing else is
+        state.
+        """
         own = {"until_measured": self._until_measured}
         return {**self._wire_scale.state_dict(), **own, **self.stats()}
 
@@ -355,9 +359,10 @@ class GradientReducer:
             if not same:
                 raise UserError(
                     f"the gradient of {slot.name} was changed after the update's last backward, "
-                    "when it had been sent already (clip_grad_norm_, clip_grad_value_, zero_grad, a "
-                    "GradScaler, another backward?). Clip with reducer.clip_grad_norm_(max_norm), "
-                    "which clips the sum over all ranks; scale the loss instead of gradients."
+                    "when it had been sent already (clip_grad_norm_, clip_grad_value_, zero_grad, "
+                    "a GradScaler, another backward?). Clip with "
+                    "reducer.clip_grad_norm_(max_norm), which clips the sum over all ranks; scale "
+                    "the loss instead of gradients."
                 )
 
     def _attach(self) -> None:
@@ -472,7 +477,8 @@ class GradientReducer:
 
     @torch.no_grad()
     def _receive(self) -> str:
-        """Wait for the sums and judge them: "wire", "fp32" (sent again) or "bad", on all ranks alike.
+        """Wait for the sums and judge them: "wire", "fp32" (sent again) or "bad", on all ranks
+        alike.
 
         Reading the flags is the one point in an update where the host waits for the device.
         """
@@ -496,8 +502,8 @@ class GradientReducer:
         if len(set(frozen)) > 1:
             raise UserError(
                 "the ranks have frozen different parameters (requires_grad): rank 0 and rank "
-                f"{next(r for r, f in enumerate(frozen) if f != frozen[0])} differ. Freeze the same "
-                "ones on all ranks."
+                f"{next(r for r, f in enumerate(frozen) if f != frozen[0])} differ. Freeze the "
+                "same ones on all ranks."
             )
         self._sent_scale = self._scale
         if bad:

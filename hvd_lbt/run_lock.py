@@ -8,7 +8,8 @@ orderly end removes owner.json.
 Whoever finds an owner.json takes the run over only if that owner is proven gone: by the kernel lock
 where it reaches all hosts, by the process table of the same host, or by Slurm. Nothing else is
 proof; then the user decides, with --take-over. flock is called directly: locking libraries add
-nothing to that one call, and do not hand out the descriptor that an elastic driver's workers inherit.
+nothing to that one call, and do not hand out the descriptor that an elastic driver's workers
+inherit.
 """
 
 import errno
@@ -83,8 +84,8 @@ class RunLock:
     """Ownership of the run in `out` until `release`, or until this process ends.
 
     role: what it is called in messages. take_over: the user says that an owner that cannot be
-    proven gone is gone. linger: as in Owner. Raises UserError, which names the owner, if the run has
-    one, and UserError if the folder cannot be written.
+    proven gone is gone. linger: as in Owner. Raises UserError, which names the owner, if the run
+    has one, and UserError if the folder cannot be written.
     """
 
     def __init__(
@@ -226,7 +227,9 @@ class RunLock:
         print(f"{self.out}: taken over from {former or 'an unknown owner'}: {reason}.", flush=True)
 
     def _silent_for(self) -> float | None:
-        """Seconds since the owner's last sign of life, by the clock of the storage; None if no owner."""
+        """Seconds since the owner's last sign of life, by the clock of the storage; None if no
+        owner.
+        """
         probe = self.out / f"{RECORD}.{secrets.token_hex(8)}.part"
         try:
             probe.touch()
@@ -402,7 +405,9 @@ def _cluster() -> str:
 
 
 def _squeue(*words: str) -> list[str] | str:
-    """The lines that squeue prints, none for a job it does not know; why it cannot say, as a str."""
+    """The lines that squeue prints, none for a job it does not know; why it cannot say, as a
+    str.
+    """
     try:
         answer = _run("squeue", "--noheader", *words)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -429,7 +434,9 @@ def reaches_all_hosts(folder: Path) -> bool:
 
 
 def file_system_of(folder: Path, mounts: str) -> tuple[str, set[str]]:
-    """Kind and options of the file system that holds an absolute path; mounts: Linux's mountinfo."""
+    """Kind and options of the file system that holds an absolute path; mounts: Linux's
+    mountinfo.
+    """
     best, kind, options = -1, "", set[str]()
     for line in mounts.splitlines():
         before, dash, after = line.partition(" - ")
@@ -461,7 +468,9 @@ def start_of(pid: int) -> int | None:
 
 
 def holders_of(descriptor: int) -> list[int]:
-    """The processes of this host, other than this one, that have the file open; as far as visible."""
+    """The processes of this host, other than this one, that have the file open; as far as
+    visible.
+    """
     wanted, found = os.fstat(descriptor), []
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):

@@ -42,7 +42,8 @@ class MicroBatches(Generic[Batch]):
         except StopIteration:
             raise UserError(
                 f"the batches ended after {self.taken} of {len(self)} micro-batches of an update. "
-                "Give the DataLoader this sampler as its batch_sampler, and begin both anew together."
+                "Give the DataLoader this sampler as its batch_sampler, and begin both anew "
+                "together."
             ) from None
         self.waited += time.perf_counter() - began
         self.taken += 1

@@ -83,8 +83,8 @@ def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
         )
     elif last > plan.stages[-1].global_batch:
         notes.append(
-            f"The last update takes {last:,} samples, one more than the others: a single sample was "
-            "left, and batch norm needs two."
+            f"The last update takes {last:,} samples, one more than the others: a single sample "
+            "was left, and batch norm needs two."
         )
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:
@@ -108,7 +108,8 @@ def _shares(recipe: Recipe, stage: Stage, workers: int) -> _Shares:
     """What `workers` workers do, from three of them: the others do the same as one of these.
 
     Of G ghost batches on W workers, G mod W workers have one more than the others: the first worker
-    never has, the last one has if any does and ends with the smaller rest, the third is another one.
+    never has, the last one has if any does and ends with the smaller rest, the third is another
+    one.
     """
     ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
     fewest, more = divmod(count_ghost_batches(stage.global_batch, ghost_batch), workers)

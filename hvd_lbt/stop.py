@@ -45,7 +45,9 @@ class StopRequest:
         self._asked_at = min(self._asked_at, now)
 
     def request(self) -> None:
-        """Stop after this update, as after a signal, and never at once: asking twice is harmless."""
+        """Stop after this update, as after a signal, and never at once: asking twice is
+        harmless.
+        """
         self._asked_at = min(self._asked_at, time.monotonic())
 
     def requested(self) -> bool:

@@ -1,4 +1,6 @@
-"""One update of everything that an update changes, for `hvd_lbt train`, benchmarks and own loops."""
+"""One update of everything that an update changes, for `hvd_lbt train`, benchmarks and own
+loops.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,9 +85,9 @@ class Training:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
                 raise UserError(
-                    f"Training: {name} is {type(module).__name__}, whose statistics would depend on "
-                    "the number of ranks. Use GhostBatchNorm2d, or put a frozen one in eval mode "
-                    "before."
+                    f"Training: {name} is {type(module).__name__}, whose statistics would depend "
+                    "on the number of ranks. Use GhostBatchNorm2d, or put a frozen one in eval "
+                    "mode before."
                 )
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.device = next(model.parameters()).device
@@ -150,14 +152,16 @@ class Training:
         }
 
     def _use_ghost_batch(self, update: Update, batches: MicroBatches[Any]) -> None:
-        """Give the norms the update's ghost batch, which must be the one its layout was cut with."""
+        """Give the norms the update's ghost batch, which must be the one its layout was cut
+        with.
+        """
         wanted = update.ghost_batch or self._ghost_batch
         if self._ghost_batch is None or wanted is None:
             return  # no norm whose statistics depend on it
         if wanted != batches.ghost_batch:
             raise UserError(
-                f"update {update.index}: the model's ghost batches are of {wanted} samples, and the "
-                f"micro-batches are cut for ghost batches of {batches.ghost_batch}. Make "
+                f"update {update.index}: the model's ghost batches are of {wanted} samples, and "
+                f"the micro-batches are cut for ghost batches of {batches.ghost_batch}. Make "
                 f"PlanSampler(…, ghost_batch={self._ghost_batch})."
             )
         self.statistics.use_ghost_batch(wanted)
@@ -204,8 +208,8 @@ def _summed(loss: Loss) -> Forward:
         losses = loss(*batch)
         if losses.ndim != 1:
             raise UserError(
-                f"Training: loss gave a tensor of shape {tuple(losses.shape)}; it must be (n,), one "
-                "loss a sample, such as F.cross_entropy(…, reduction='none')."
+                f"Training: loss gave a tensor of shape {tuple(losses.shape)}; it must be (n,), "
+                "one loss a sample, such as F.cross_entropy(…, reduction='none')."
             )
         total = losses.float().sum()
         unknown = total.new_full((), float("nan"))
@@ -230,8 +234,9 @@ def _check_samples(update: Update, parts: tuple[Any, ...], wanted: int) -> None:
     )
     if found != wanted:
         raise UserError(
-            f"update {update.index}: a micro-batch has {found} samples, the plan gives it {wanted}. "
-            "Give the DataLoader this sampler as its batch_sampler, and begin both anew together."
+            f"update {update.index}: a micro-batch has {found} samples, the plan gives it "
+            f"{wanted}. Give the DataLoader this sampler as its batch_sampler, and begin both anew "
+            "together."
         )
 
 

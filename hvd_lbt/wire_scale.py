@@ -31,8 +31,8 @@ class WireScale:
     scale: always a power of two. ceiling: what it had grown to, and where recovery ends. trial: a
     lower scale that would have fitted the update that was sent again last; the next ones that fit
     show whether it is harmless, `passed` of them have. missed: the largest gradient of the update
-    before, if that was sent again, else 0. recent: the largest gradients of the last updates, known while the scale
-    is below its ceiling; patience: how many of them recovery looks at.
+    before, if that was sent again, else 0. recent: the largest gradients of the last updates, known
+    while the scale is below its ceiling; patience: how many of them recovery looks at.
     """
 
     world_size: int
@@ -72,7 +72,9 @@ class WireScale:
         self.missed = largest
 
     def fitted(self, largest: float, *, harmless: bool = False) -> None:
-        """Note an update that fitted. largest: where `recovers`; harmless: of `trial`, where set."""
+        """Note an update that fitted. largest: where `recovers`; harmless: of `trial`, where
+        set.
+        """
         recovers, self.missed = self.recovers, 0.0
         self.good_updates += 1
         if self.trial and not harmless:

@@ -4,8 +4,8 @@
       └ guard    in a session of its own, so that a terminal's Ctrl-C does not reach it
           └ COMMAND → ranks
 
-SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the ranks to stop: mpirun or srun gets SIGUSR1 and hands it on
-to them. (mpirun itself takes SIGTERM for the end: the ranks get it only after
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the ranks to stop: mpirun or srun gets SIGUSR1 and hands it
+on to them. (mpirun itself takes SIGTERM for the end: the ranks get it only after
 odls_base_sigkill_timeout seconds, and their exit code is lost. horovodrun is a shell by then, and
 hands on nothing.) Before there is an mpirun a signal ends what has begun. SIGQUIT (Ctrl-\\ in a
 terminal) kills all at once.
@@ -120,8 +120,8 @@ class Screen:
     def end(self, code: int) -> int:
         """Show what was held back, unless it is known why the ranks ended with this code.
 
-        Gives the code to end with: srun's is the largest of all ranks', and so that of those which it
-        has ended because one had failed.
+        Gives the code to end with: srun's is the largest of all ranks', and so that of those which
+        it has ended because one had failed.
         """
         if self._rest:
             self._line(self._rest)

@@ -1,8 +1,9 @@
 """`hvd_lbt bench allreduce_step`: from accumulated gradients to updated weights, on real ranks.
 
-Run it under a launcher: `launch/local 2 bench allreduce_step`. ResNet-50's parameters; the backward is
-replaced by one that hands out gradients that are there already, one after the other, last parameter
-first, as a real one does. What plain autograd takes for that, accumulation included, is measured
+Run it under a launcher: `launch/local 2 bench allreduce_step`. ResNet-50's parameters; the backward
+is replaced by one that hands out gradients that are there already, one after the other, last
+parameter first, as a real one does. What plain autograd takes for that, accumulation included, is
+measured
 beside and taken off: the rest is communication and update. The peers in the same run, both with
 torch's fused SGD: Horovod's DistributedOptimizer with its fp16 compression, and torch's
 DistributedDataParallel with its fp16 hook on Gloo. `--hidden` times a real backward instead, and
@@ -89,8 +90,8 @@ def main(args: argparse.Namespace) -> int:
     recipe = model_recipe(args.model)
     if args.hidden and (args.pixels < 32 or args.images < 2):
         raise UserError(
-            f"--pixels {args.pixels} and --images {args.images}: batch norm needs at least 2 images "
-            "of 32 pixels."
+            f"--pixels {args.pixels} and --images {args.images}: batch norm needs at least 2 "
+            "images of 32 pixels."
         )
     world = comm.init()
     device = local_device(world)

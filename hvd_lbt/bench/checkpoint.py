@@ -1,7 +1,8 @@
-"""`hvd_lbt bench checkpoint`: what a checkpoint costs an update, and what its writer does meanwhile.
+"""`hvd_lbt bench checkpoint`: what a checkpoint costs an update, and what its writer does
+meanwhile.
 
-copy: of a network's weights and momentum to the CPU, which the update waits for, with `compare`, the
-checksum by which the ranks' weights are compared. write: the whole save, which a thread does.
+copy: of a network's weights and momentum to the CPU, which the update waits for, with `compare`,
+the checksum by which the ranks' weights are compared. write: the whole save, which a thread does.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """`hvd_lbt bench input`: images a second of the training input, and what an index costs.
 
 The same files as a folder, as WebDataset, TFRecord and RecordIO, against a bare DALI pipeline with
-its own file reader and against torch's DataLoader with PIL and as many workers as there are threads.
-All crop, resize, flip and normalise, and hand over a tensor of the program's own. First our pixels
+its own file reader and against torch's DataLoader with PIL and as many workers as there are
+threads. All crop, resize, flip and normalise, and hand over a tensor of the program's own. First
+our pixels
 are compared: all formats to the bit, the evaluation images with PIL's.
 
 DALI's reader keeps every file mapped that lies in its shuffle buffer: a folder of fewer files than
@@ -104,7 +105,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_photographs(data: Path, count: int = 250) -> Path:
-    """DATA/train/x/*.jpg: smooth, with edges and noise, in the sizes of ImageNet's; returns DATA."""
+    """DATA/train/x/*.jpg: smooth, with edges and noise, in the sizes of ImageNet's; returns
+    DATA.
+    """
     (data / "train/x").mkdir(parents=True)
     sizes = ((500, 375), (375, 500), (500, 333), (640, 480), (256, 256), (257, 1000), (120, 90))
     for number in range(count):
@@ -122,7 +125,9 @@ def write_photographs(data: Path, count: int = 250) -> Path:
 
 
 def _under_many_names(data: Path, names: Path) -> Path:
-    """DATA, or where it has fewer than NAMES training images a folder that has each of them often."""
+    """DATA, or where it has fewer than NAMES training images a folder that has each of them
+    often.
+    """
     files = sorted((data / "train").glob("*/*"))
     if len(files) >= NAMES:
         return data
@@ -186,7 +191,9 @@ def _check_pixels(
 
 
 def _decode_alone(store: Store, lines: Lines) -> None:
-    """Milliseconds of a core for each image, of the decoders alone: what bounds all of the above."""
+    """Milliseconds of a core for each image, of the decoders alone: what bounds all of the
+    above.
+    """
     files = [store.read(index) for index in range(len(store))]
     spent: dict[str, float] = {}
 

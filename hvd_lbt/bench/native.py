@@ -1,4 +1,6 @@
-"""Bare DALI pipelines with DALI's own file reader and random numbers: what `bench input` compares with."""
+"""Bare DALI pipelines with DALI's own file reader and random numbers: what `bench input` compares
+with.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,9 @@ SHUFFLED = 1024  # files that DALI's reader draws from: its default
 def native_batches(
     root: Path, data: DataRecipe, *, micro_batch: int, threads: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Images of ROOT/CLASS/FILE as DALI's documentation makes them: shuffled, cut, resized, flipped."""
+    """Images of ROOT/CLASS/FILE as DALI's documentation makes them: shuffled, cut, resized,
+    flipped.
+    """
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
         batch_size=micro_batch,
@@ -46,7 +50,9 @@ def native_batches(
 
 
 def native_decoding(root: Path, *, cut: bool, micro_batch: int) -> Iterator[None]:
-    """Images of ROOT/CLASS/FILE decoded in one thread and dropped: whole, or a random cut of each."""
+    """Images of ROOT/CLASS/FILE decoded in one thread and dropped: whole, or a random cut of
+    each.
+    """
     pipeline = Pipeline(
         batch_size=micro_batch, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0
     )

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what is bad and what is no sample; the exit code is 1 if there is anything to look at."""
+    """Print what is bad and what is no sample; the exit code is 1 if there is anything to look
+    at.
+    """
     stores, findings = _open(args.data, args.classes)
     data = DataRecipe(
         image_size=8,
@@ -88,7 +90,8 @@ def _open(data: Path, classes: Path | None) -> tuple[list[Store], dict[str, Find
 
 
 def _compare_sums(index: Index, named: list[str]) -> list[str]:
-    """Shards that differ from sha256sums.txt, which `hvd_lbt data convert` writes, or are not there.
+    """Shards that differ from sha256sums.txt, which `hvd_lbt data convert` writes, or are not
+    there.
 
     named: errors so far; a shard with one of them is not named again.
     """

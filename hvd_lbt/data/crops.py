@@ -16,7 +16,8 @@ Floats = NDArray[np.float64]
 
 
 def random_resized_crops(sizes: NDArray[np.int64], uniforms: Floats) -> tuple[Floats, Floats]:
-    """Inception's crops: 8 % to 100 % of the area, aspect ratio 3/4 to 4/3, uniform in its logarithm.
+    """Inception's crops: 8 % to 100 % of the area, aspect ratio 3/4 to 4/3, uniform in its
+    logarithm.
 
     sizes: (n, 2), height and width; uniforms: (n, DRAWS). Returns (left, top) and (width, height),
     (n, 2) each, whole numbers. As torchvision's RandomResizedCrop: the first of ten attempts that
@@ -45,8 +46,9 @@ def random_resized_crops(sizes: NDArray[np.int64], uniforms: Floats) -> tuple[Fl
 def center_crops(sizes: NDArray[np.int64], resize: int, size: int) -> tuple[Floats, Floats]:
     """The centre of size² pixels of each image whose shorter side is resized to `resize`.
 
-    sizes: (n, 2), height and width. Returns where it begins and ends in the image's own pixels, (top, left) and
-    (bottom, right), (n, 2) each. Rounded as torchvision's Resize and CenterCrop are.
+    sizes: (n, 2), height and width. Returns where it begins and ends in the image's own pixels,
+    (top, left) and (bottom, right), (n, 2) each. Rounded as torchvision's Resize and CenterCrop
+    are.
     """
     resized = np.floor(resize * sizes / sizes.min(axis=1, keepdims=True))
     start = np.round((resized - size) / 2)  # halves to even, as Python's round

@@ -48,7 +48,9 @@ def identity(store: Store | SyntheticStore) -> Identity:
 
 
 def same_on_all_ranks(of_ranks: Sequence[tuple[str, Mapping[str, Identity]]]) -> None:
-    """Raise UserError naming the ranks whose data is not that of most; given (host, splits) by rank."""
+    """Raise UserError naming the ranks whose data is not that of most; given (host, splits) by
+    rank.
+    """
     views = [json.dumps(splits, sort_keys=True) for _, splits in of_ranks]
     if len(set(views)) == 1:
         return
@@ -59,7 +61,8 @@ def same_on_all_ranks(of_ranks: Sequence[tuple[str, Mapping[str, Identity]]]) ->
     raise UserError(
         f"--data is not the same on all ranks: {named}{', …' if len(others) > 8 else ''} "
         f"{'differs' if len(others) == 1 else 'differ'} from rank {usual} on "
-        f"{of_ranks[usual][0]} in {what}. Copy the data again, so that all nodes have the same files."
+        f"{of_ranks[usual][0]} in {what}. Copy the data again, so that all nodes have the same "
+        "files."
     )
 
 
@@ -80,9 +83,9 @@ def same_at_resume(state: Mapping, splits: Mapping[str, Identity], run: str) -> 
     )
     if differences:
         raise UserError(
-            f"{run} was trained on other data: {differences} are not the same. Resume with the same "
-            "--data (it may lie elsewhere, or be converted by `hvd_lbt data convert`), or choose "
-            "another --out."
+            f"{run} was trained on other data: {differences} are not the same. Resume with the "
+            "same --data (it may lie elsewhere, or be converted by `hvd_lbt data convert`), or "
+            "choose another --out."
         )
     moved = old["train"]["kind"], splits["train"]["kind"]
     if moved[0] != moved[1]:

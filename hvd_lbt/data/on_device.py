@@ -1,9 +1,10 @@
-"""A data set of small images whole in the device's memory: decoded once, cropped and mirrored there.
+"""A data set of small images whole in the device's memory: decoded once, cropped and mirrored
+there.
 
 For CIFAR-10 and its like, where decoding every epoch anew is most of the work, and for machines
-without DALI. Order, crops and mirroring are those of the DALI pipeline, from the same numbers; so are
-the pixels (`pixels`), of JPEG files as far as the two decoders round alike (libjpeg-turbo's here, in
-Pillow).
+without DALI. Order, crops and mirroring are those of the DALI pipeline, from the same numbers; so
+are the pixels (`pixels`), of JPEG files as far as the two decoders round alike (libjpeg-turbo's
+here, in Pillow).
 """
 
 import io
@@ -42,8 +43,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """One batch for each (first sample of the stream, count, ghost batch) of `ranges`, in order.
 
-    As the DALI pipeline's, without a limit to `micro_batch`. Raises SampleError naming an image that
-    cannot be decoded or is not of data.image_size, UserError if all do not fit into memory.
+    As the DALI pipeline's, without a limit to `micro_batch`. Raises SampleError naming an image
+    that cannot be decoded or is not of data.image_size, UserError if all do not fit into memory.
     """
     samples = TrainSamples(_of_files(store), seed)
     for first, count, _ in ranges:
@@ -86,7 +87,9 @@ def _batch(
     mirror: np.ndarray,
     device: torch.device,
 ) -> Batch:
-    """Crop, mirror, normalise. crops: (left, top) of each, in pixels; outside of the image is black."""
+    """Crop, mirror, normalise. crops: (left, top) of each, in pixels; outside of the image is
+    black.
+    """
     images = _all_images(store, data, device)
     # one transfer: index, left, top, mirror, label
     numbers = np.c_[indices, crops, mirror, store.labels[indices]].astype(np.int64)
@@ -146,8 +149,9 @@ def _decode(store: Store, images: np.ndarray, first: int, size: int) -> None:
         encoded = store.image(index)
         if (encoded.height, encoded.width) != (size, size):
             raise SampleError(
-                f"{store.name(index)} has {encoded.width}×{encoded.height} pixels: data.cache_on_device keeps images "
-                f"of data.image_size only, {size}×{size}. Leave data.cache_on_device out, or resize the files."
+                f"{store.name(index)} has {encoded.width}×{encoded.height} pixels: "
+                f"data.cache_on_device keeps images of data.image_size only, {size}×{size}. Leave "
+                "data.cache_on_device out, or resize the files."
             )
         try:
             with Image.open(io.BytesIO(encoded.data.tobytes())) as image:
@@ -166,5 +170,6 @@ def _check_room(size: int, device: torch.device) -> None:
     if size > 0.8 * free:
         raise UserError(
             f"data.cache_on_device: all images take {size / 2**30:,.1f} GiB, and {device} has "
-            f"{free / 2**30:,.1f} GiB free. Leave data.cache_on_device out: DALI then makes them as they are needed."
+            f"{free / 2**30:,.1f} GiB free. Leave data.cache_on_device out: DALI then makes them "
+            "as they are needed."
         )

@@ -75,10 +75,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """One batch for each (first sample of the stream, count, ghost batch) of `ranges`.
 
-    count is at most micro_batch + 1: a last ghost batch may take a remainder of one. Ghost batches are counted from a range's first sample. local_size: workers that share this
-    node's cores. Raises SampleError naming the first image that cannot be decoded; with
-    on_bad_sample: skip that error goes to `on_skipped`, and the sample's place has the label SKIPPED
-    and the image of another sample of its ghost batch, so that statistics are of images.
+    count is at most micro_batch + 1: a last ghost batch may take a remainder of one. Ghost batches
+    are counted from a range's first sample. local_size: workers that share this node's cores.
+    Raises SampleError naming the first image that cannot be decoded; with
+    on_bad_sample: skip that error goes to `on_skipped`, and the sample's place has the label
+    SKIPPED and the image of another sample of its ghost batch, so that statistics are of images.
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
     if isinstance(store, SyntheticStore):
@@ -131,7 +132,9 @@ def _synthetic(
 
 
 def decode_one(image: np.ndarray, size: int) -> Tensor:
-    """A check of DALI: encode (H, W, 3) as PNG, and have it decoded and resized to (3, size, size)."""
+    """A check of DALI: encode (H, W, 3) as PNG, and have it decoded and resized to (3, size,
+    size).
+    """
     data = DataRecipe(image_size=size, augment="none", mean=(0, 0, 0), std=(1, 1, 1))
     source = itertools.repeat(([_png(image).data],))
     (images,) = _build(data, _Plain(data), source, 1, 1, 1, torch.device("cpu")).run()
@@ -201,7 +204,8 @@ class _Maker:
                 work = decoding.popleft()
                 labels = self.store.labels[work.indices]
                 labels[list(work.skipped)] = SKIPPED
-                # DALI's dynamic executor, its default, leaves outputs alone as long as they are held.
+                # DALI's dynamic executor, its default, leaves outputs alone as long as they are
+                # held.
                 yield Batch(
                     torch.from_dlpack(images.as_tensor()),
                     torch.from_numpy(labels).to(self.device),
@@ -283,7 +287,9 @@ class _Maker:
             work.samples[place] = GREY if donor is None else work.samples[donor]
 
     def _find_undecodable(self, works: Iterable[_Work]) -> bool:
-        """Decode what was in flight one by one, to find what DALI's error for a batch does not name."""
+        """Decode what was in flight one by one, to find what DALI's error for a batch does not
+        name.
+        """
         found = False
         for work in works:
             for place, index in enumerate(map(int, work.indices)):
@@ -339,7 +345,8 @@ def _build(
         # EXIF's rotation is ignored, as by torchvision and timm.
         decoding: dict[str, Any] = {"device": "cpu", "adjust_orientation": False}
         if on_gpu:
-            # Chroma is upsampled as libjpeg-turbo does. The decoding engine would take a share of each
+            # Chroma is upsampled as libjpeg-turbo does. The decoding engine would take a share of
+            # each
             # batch: which decoder a sample met would depend on the micro-batch.
             decoding |= {"device": "mixed", "jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
         images, mirror = graph(encoded, decoding, *numbers)

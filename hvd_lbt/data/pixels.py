@@ -1,8 +1,9 @@
 """From the bytes of an image file to what every decoder here reads alike: one decision for all.
 
-A sample's pixels are those of PIL's `Image.open(file).convert("RGB")`, or the sample is refused with
-the reason. Plain JPEG files, which libjpeg-turbo decodes to the same pixels everywhere, stay as they
-are. Everything else is decoded by PIL once, here, and handed on as PPM: a header and the pixels.
+A sample's pixels are those of PIL's `Image.open(file).convert("RGB")`, or the sample is refused
+with the reason. Plain JPEG files, which libjpeg-turbo decodes to the same pixels everywhere, stay
+as they are. Everything else is decoded by PIL once, here, and handed on as PPM: a header and the
+pixels.
 """
 
 import io

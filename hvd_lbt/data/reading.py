@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 def open_regular(file: str | bytes | os.PathLike) -> int:
-    """A descriptor to read a file; a FIFO, a socket, a device or a folder is an OSError, at once."""
+    """A descriptor to read a file; a FIFO, a socket, a device or a folder is an OSError, at
+    once.
+    """
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor

@@ -1,4 +1,6 @@
-"""`--data synthetic`: random images that lie in memory, to see what a run would cost without input."""
+"""`--data synthetic`: random images that lie in memory, to see what a run would cost without
+input.
+"""
 
 from pathlib import Path
 

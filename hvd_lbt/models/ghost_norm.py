@@ -104,7 +104,9 @@ class RunningStatistics:
 
     @property
     def ghost_batch(self) -> int | None:
-        """Samples that share statistics, of the first norm; None for a model without ghost norms."""
+        """Samples that share statistics, of the first norm; None for a model without ghost
+        norms.
+        """
         return self.norms[0].ghost_batch if self.norms else None
 
     def use_ghost_batch(self, ghost_batch: int) -> None:

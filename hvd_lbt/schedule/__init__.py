@@ -1,4 +1,5 @@
-"""The schedule of the noise scale: settings → phases → a plan of updates → each worker's part (pure).
+"""The schedule of the noise scale: settings → phases → a plan of updates → each worker's part
+(pure).
 
     from hvd_lbt.schedule import Milestone, Schedule, make_plan
 

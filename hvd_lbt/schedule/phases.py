@@ -107,7 +107,8 @@ def _milestones(schedule: Schedule) -> Iterator[Phase]:
 def _cosine(schedule: Schedule) -> Iterator[Phase]:
     """One phase, or with grow_batch one for each rise of the batch.
 
-    The batch is B_k = min(factor^k·B_0, max_global_batch) from where the curve has fallen to B_0/B_k
+    The batch is B_k = min(factor^k·B_0, max_global_batch) from where the curve has fallen to
+    B_0/B_k
     on: with lr = ε_0·(B_k/B_0)·curve each update has g = g_0·curve, and the lr is never above ε_0
     (but for rounding).
     """

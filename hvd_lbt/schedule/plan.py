@@ -155,9 +155,9 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
     assert plan.samples == total, (plan, total)
     if plan.updates > MAX_UPDATES:
         raise UserError(
-            f"schedule.epochs: {schedule.epochs:g} epochs of {train_samples:,} training samples are "
-            f"{plan.updates:,} updates; at most {MAX_UPDATES:,} are allowed. Take fewer epochs or a "
-            "larger schedule.global_batch."
+            f"schedule.epochs: {schedule.epochs:g} epochs of {train_samples:,} training samples "
+            f"are {plan.updates:,} updates; at most {MAX_UPDATES:,} are allowed. Take fewer epochs "
+            "or a larger schedule.global_batch."
         )
     return plan
 

@@ -28,7 +28,9 @@ class SettingError(UserError):
         self.problems = problems
 
     def at(self, place: str) -> str:
-        """The message with the place where the settings were read, such as `schedule.milestones[0]`."""
+        """The message with the place where the settings were read, such as
+        `schedule.milestones[0]`.
+        """
         return " ".join(f"{place}{problem}" for problem in self.problems)
 
 
@@ -151,7 +153,8 @@ class Schedule(_Checked):
     momentum_start: Literal["zero", "corrected"] = "zero"
     """corrected: the first updates are as long as if the buffer, which is zero, had settled.
 
-    In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m) (docs/studies)."""
+    In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m)
+    (docs/studies)."""
 
     @property
     def first_lr(self) -> float:
@@ -211,8 +214,8 @@ class Schedule(_Checked):
         epochs = [milestone.epoch for milestone in self.milestones]
         if any(later <= earlier for earlier, later in pairwise(epochs)):
             yield (
-                f".milestones: their epochs are {', '.join(f'{epoch:g}' for epoch in epochs)}; each "
-                "must be later than the one before it."
+                f".milestones: their epochs are {', '.join(f'{epoch:g}' for epoch in epochs)}; "
+                "each must be later than the one before it."
             )
         if epochs and epochs[-1] >= self.epochs:
             yield (
@@ -233,8 +236,8 @@ class Schedule(_Checked):
     def _batch_conflicts(self) -> Iterator[str]:
         if self.global_batch > self.max_global_batch:
             yield (
-                f".global_batch: {self.global_batch} is more than "
-                f"schedule.max_global_batch = {self.max_global_batch}; it must not be."
+                f".global_batch: {self.global_batch} is more than schedule.max_global_batch = "
+                f"{self.max_global_batch}; it must not be."
             )
         if self.global_batch % self.batch_multiple:
             yield (
@@ -315,7 +318,8 @@ class Schedule(_Checked):
         elif self.growing_milestones > len(self.milestones):
             yield (
                 f".batch_milestones: {self.growing_milestones} milestones are to raise the batch, "
-                f"and schedule.milestones has {len(self.milestones)}; it must have at least as many."
+                f"and schedule.milestones has {len(self.milestones)}; it must have at least as "
+                "many."
             )
 
 

@@ -65,7 +65,9 @@ def study(out: Path) -> str:
 
 
 def _settings_in(file: Path) -> Any:
-    """The settings of earlier numbers, None if there are none. Raises UserError for another file."""
+    """The settings of earlier numbers, None if there are none. Raises UserError for another
+    file.
+    """
     if not file.exists():
         return None
     try:

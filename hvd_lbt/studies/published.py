@@ -89,11 +89,12 @@ def judge_three_schedules(found: Results) -> Verdict:
         held &= all(abs(points) <= SAME for points, _ in differences)
         held &= 1 / 1.5 <= ratio <= 1.5 and decay["updates"] > hybrid["updates"] > grow["updates"]
         parts.append(
-            f"{optimizer}: {format_difference(differences[0])} points for hybrid and {format_difference(differences[1])} for "
-            f"grow_batch against decay_lr's {mean(decay):.2f} %, training loss of grow_batch "
-            f"{ratio:.2f} times decay_lr's at equal epochs (geometric mean), in "
-            f"{grow['updates']:,} instead of {decay['updates']:,} updates, after which decay_lr's "
-            f"loss is still {behind:.1f} times as high"
+            f"{optimizer}: {format_difference(differences[0])} points for hybrid and "
+            f"{format_difference(differences[1])} for grow_batch against decay_lr's "
+            f"{mean(decay):.2f} %, training loss of grow_batch {ratio:.2f} times decay_lr's at "
+            f"equal epochs (geometric mean), in {grow['updates']:,} instead of "
+            f"{decay['updates']:,} updates, after which decay_lr's loss is still {behind:.1f} "
+            "times as high"
         )
     return Verdict(
         held=bool(held),
@@ -123,8 +124,8 @@ def judge_fewer_updates(found: Results) -> Verdict:
     return Verdict(
         held=held,
         sentence=f"Updates (test accuracy): {listed}. Against the first in points: "
-        f"{', '.join(format_difference(one) for one in differences)}. (Held: fewer updates each time, and only "
-        f"the last loses more than {SAME:g} point.)",
+        f"{', '.join(format_difference(one) for one in differences)}. (Held: fewer updates each "
+        f"time, and only the last loses more than {SAME:g} point.)",
     )
 
 
@@ -182,11 +183,11 @@ def judge_warmup_or_not(found: Results) -> Verdict:
     return Verdict(
         held=held,
         sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), "
-        f"in points: linear scaling without warm-up {format_difference(losses['no_warm_up'])}, with it "
-        f"{format_difference(losses['warm_up'])} ({warm['updates']:,} updates), the grown batch without warm-up "
-        f"{format_difference(losses['grown'])} ({grown['updates']:,} updates). The warm-up is worth "
-        f"{format_difference(helps)}; without it the training loss ends "
-        f"{np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. "
+        f"in points: linear scaling without warm-up {format_difference(losses['no_warm_up'])}, "
+        f"with it {format_difference(losses['warm_up'])} ({warm['updates']:,} updates), the grown "
+        f"batch without warm-up {format_difference(losses['grown'])} ({grown['updates']:,} "
+        f"updates). The warm-up is worth {format_difference(helps)}; without it the training loss "
+        f"ends {np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high. "
         "(Held: the warm-up is worth more than two standard errors, and the grown batch loses at "
         f"most {SAME:g} point without it.)",
     )

@@ -2,9 +2,9 @@
 
     python tests/campaigns/damaged_shards.py [--shards 3000] [--seed 0]
 
-Not part of the test suite. A split of one good and one damaged shard is indexed and read as training
-does it, then every image is examined and checksums are compared as `hvd_lbt data check` does it.
-Verdicts on the damaged shard:
+Not part of the test suite. A split of one good and one damaged shard is indexed and read as
+training does it, then every image is examined and checksums are compared as `hvd_lbt data check`
+does it. Verdicts on the damaged shard:
   intact   every sample has its bytes and its label
   error    the index is refused, with the shard's name
   named    the shard is named when it is indexed, with what is odd about it
@@ -134,7 +134,9 @@ def damage(data: bytes, other: bytes, starts: list[int], rng: random.Random) -> 
 
 
 def read(folder: Path) -> tuple[list[Sample], Store]:
-    """The samples of the damaged shard as training reads them. Raises UserError as indexing does."""
+    """The samples of the damaged shard as training reads them. Raises UserError as indexing
+    does.
+    """
     shutil.rmtree(folder / ".hvd_lbt", ignore_errors=True)
     with redirect_stderr(io.StringIO()):
         store = Store(open_index(folder, "train", timeout=60))

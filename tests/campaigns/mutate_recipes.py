@@ -2,10 +2,10 @@
 
     python tests/campaigns/mutate_recipes.py --cases 2000 --seed 0
 
-Not in CI's time. Each case runs in this process under an alarm of --limit seconds. A case is good if
-it ends with exit code 0, or with 2 and one paragraph of printable text on the standard error. Prints
-one line for each kind, `cases, accepted, refused, failed`, the slowest case, and every failure with
-the seed of its case. tests/unit/test_mutations.py runs a few cases of each kind.
+Not in CI's time. Each case runs in this process under an alarm of --limit seconds. A case is good
+if it ends with exit code 0, or with 2 and one paragraph of printable text on the standard error.
+Prints one line for each kind, `cases, accepted, refused, failed`, the slowest case, and every
+failure with the seed of its case. tests/unit/test_mutations.py runs a few cases of each kind.
 """
 
 import argparse
@@ -217,7 +217,9 @@ def paths(rng: random.Random, folder: Path) -> list[str]:
 
 
 def metrics(rng: random.Random, folder: Path) -> list[str]:
-    """`report` of a run whose metrics have other bytes, values or lines; it ends before it draws."""
+    """`report` of a run whose metrics have other bytes, values or lines; it ends before it
+    draws.
+    """
     record = {"event": rng.choice(("run", "update", "eval", "end", "x"))}
     values = [None, True, -1, 0, 3, 1e300, 10**30, "x", [], {}, [{}], {"a": 1}, "\x1b", "\ud800"]
     keys = ("name", "recipe", "plan", "world_size", "versions", "update", "loss", "top1", "time")

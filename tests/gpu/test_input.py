@@ -29,7 +29,8 @@ def train(store, device: str, micro_batch: int) -> torch.Tensor:
 def test_images_lie_on_the_gpu_and_are_the_cpus(store):
     ours, theirs = train(store, "cuda", 16), train(store, "cpu", 16)
     assert ours.is_cuda
-    # nvJPEG's transform and DALI's GPU filter round otherwise: a level or two of 255, 58 a deviation
+    # nvJPEG's transform and DALI's GPU filter round otherwise: a level or two of 255, 58 a
+    # deviation
     assert (ours.cpu() - theirs).abs().mean() < 2 / 58
     plain = [
         next(

@@ -1,4 +1,5 @@
-"""A Slurm of its own: munged, slurmctld and two slurmd on this machine, in a folder and on ports of its own.
+"""A Slurm of its own: munged, slurmctld and two slurmd on this machine, in a folder and on ports of
+its own.
 
 The daemons and all jobs live in a process namespace whose first process dies with this one, so
 nothing is left behind, not even when the tests are killed.
@@ -18,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 WHERE = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-# cred_expire is also the time a requeued job waits (default 120 s; a launch must not take longer); config_overrides: more CPUs
-# than the machine has, so that two jobs and two ranks fit where the tests run. FirstJobId: Open MPI
-# names its shared memory by the job's number, and two Slurms on one machine would share it.
+# cred_expire is also the time a requeued job waits (default 120 s; a launch must not take longer);
+# config_overrides: more CPUs than the machine has, so that two jobs and two ranks fit where the
+# tests run. FirstJobId: Open MPI names its shared memory by the job's number, and two Slurms on one
+# machine would share it.
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -51,7 +53,7 @@ NodeName=second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Co
 PartitionName=low Nodes={host} Default=YES PriorityTier=1
 PartitionName=high Nodes={host} PriorityTier=10
 PartitionName=both Nodes=ALL
-"""
+"""  # noqa: E501 -- a node is one line
 DAEMONS = """\
 set -e
 cd "$1"

@@ -1,4 +1,6 @@
-"""The shipped scripts as they come from a fresh clone, where nothing but launch/setup has been called."""
+"""The shipped scripts as they come from a fresh clone, where nothing but launch/setup has been
+called.
+"""
 
 import json
 import shutil
@@ -55,7 +57,9 @@ def test_train_logs_and_trains_into_the_folder_of_its_command_line(slurm, clone,
 
 
 def test_of_an_array_only_the_stopped_task_starts_again(slurm, clone):
-    """Also where it is the last one, whose SLURM_JOB_ID is the array's: 0 finished, 1 running, 2 stopped."""
+    """Also where it is the last one, whose SLURM_JOB_ID is the array's: 0 finished, 1 running, 2
+    stopped.
+    """
     names = {"POLICIES": "decay_lr", "SEEDS": "0 1 2", "RECIPE": "digits"}
     job = submit(slurm, clone, "sweep.sbatch", *SETTINGS, options=["--array=0-2%1"], **names)
     assert slurm.wait(f"{job}_0")["JobState"] == "COMPLETED"

@@ -144,7 +144,9 @@ def test_a_sweep_is_an_array_of_policies_and_seeds(slurm, tmp_path):
 
 
 def test_preemption_of_an_elastic_job_costs_no_update(slurm, tmp_path):
-    """SIGTERM to every process and the trap's SIGUSR1 within milliseconds are one request to stop."""
+    """SIGTERM to every process and the trap's SIGUSR1 within milliseconds are one request to
+    stop.
+    """
     out = tmp_path / "run"
     words = ["sbatch", "--parsable", "--exclusive", f"--output={out}.log"]
     words += [slurm.script("elastic.sbatch"), "digits"]

@@ -75,7 +75,9 @@ def example(image: bytes, label: int, number: int) -> bytes:
 
 
 def recordio(image: bytes, label: int, number: int) -> bytes:
-    """One record as MXNet's recordio.pack and dmlc-core's writer make it, cut at the magic number."""
+    """One record as MXNet's recordio.pack and dmlc-core's writer make it, cut at the magic
+    number.
+    """
     payload = struct.pack("<IfQQ", 0, float(label), number, 0) + image
     places = [at for at in range(0, len(payload) - 3, 4) if payload[at : at + 4] == RECORDIO_MAGIC]
     parts, start = [], 0

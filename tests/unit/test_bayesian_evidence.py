@@ -1,4 +1,6 @@
-"""Study 6: one split as the paper has it, and that what docs/studies says is what its numbers say."""
+"""Study 6: one split as the paper has it, and that what docs/studies says is what its numbers
+say.
+"""
 
 import math
 import shutil

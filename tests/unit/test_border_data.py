@@ -1,4 +1,6 @@
-"""Other people's archives and folders: each thing is a sample, is counted and named, or an error."""
+"""Other people's archives and folders: each thing is a sample, is counted and named, or an
+error.
+"""
 
 import gzip
 import io

@@ -126,7 +126,10 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path):
         saved = checkpoints(tmp_path)
         saved.save(1, state(1))
         saved.save(2, {**state(2), "big": torch.zeros(1 << 20)})
-        told = r"update-00000002.pt could not be written \(No space left on device\).*good one: update-00000001.pt"
+        told = (
+            r"update-00000002.pt could not be written \(No space left on device\)"
+            r".*good one: update-00000001.pt"
+        )
         with pytest.raises(UserError, match=told):
             saved.save(3, state(3))
         assert load_newest(tmp_path)["update"] == 1

@@ -1,4 +1,6 @@
-"""Checkpoints on storage that fails: killed writers, damaged files, file systems that lack things."""
+"""Checkpoints on storage that fails: killed writers, damaged files, file systems that lack
+things.
+"""
 
 import errno
 import itertools

@@ -117,7 +117,10 @@ def test_an_option_may_be_joined_to_its_value(capsys):
 
 
 def test_a_reader_that_goes_is_no_traceback():
-    program = "import sys; from hvd_lbt.cli import main; sys.stdin.readline(); sys.exit(main(['recipes']))"
+    program = (
+        "import sys; from hvd_lbt.cli import main; sys.stdin.readline(); "
+        "sys.exit(main(['recipes']))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,

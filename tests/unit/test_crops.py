@@ -10,7 +10,9 @@ from hvd_lbt.data.crops import ATTEMPTS, DRAWS, center_crops, pad_crops, random_
 
 
 def torchvision_crop(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
-    """RandomResizedCrop.get_params, line by line, with its random numbers given: left, top, w, h."""
+    """RandomResizedCrop.get_params, line by line, with its random numbers given: left, top, w,
+    h.
+    """
     for attempt in range(ATTEMPTS):
         area_draw, ratio_draw, left_draw, top_draw = draws[4 * attempt : 4 * attempt + 4]
         area = height * width * (0.08 + (1.0 - 0.08) * area_draw)

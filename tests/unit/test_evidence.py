@@ -130,7 +130,9 @@ def test_lanczos_finds_the_occam_factor_of_a_network(network):
 
 
 def test_lanczos_errors_are_what_is_said_of_them():
-    """300 dimensions, eigenvalues over four decades; 20 estimates are spread as their own errors say."""
+    """300 dimensions, eigenvalues over four decades; 20 estimates are spread as their own errors
+    say.
+    """
     size, precision = 300, 1e-2
     values = torch.logspace(-2, 2, size, dtype=torch.float64)
     basis = torch.linalg.qr(normal(size, size)).Q

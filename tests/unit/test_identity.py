@@ -1,4 +1,6 @@
-"""The same data on all ranks and at a resume: other files of equal count are seen, a move is not."""
+"""The same data on all ranks and at a resume: other files of equal count are seen, a move is
+not.
+"""
 
 import shutil
 from pathlib import Path

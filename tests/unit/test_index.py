@@ -1,4 +1,6 @@
-"""The index: built once, trusted while the data is as it was, built anew and said when it changed."""
+"""The index: built once, trusted while the data is as it was, built anew and said when it
+changed.
+"""
 
 import os
 import shutil

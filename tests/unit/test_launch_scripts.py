@@ -1,4 +1,6 @@
-"""The scripts in launch/ without ranks: what they refuse, and what they start, in a copy with fake programs."""
+"""The scripts in launch/ without ranks: what they refuse, and what they start, in a copy with fake
+programs.
+"""
 
 import os
 import shutil
@@ -30,7 +32,9 @@ def run(root: Path, *words: str, **environment: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """The scripts in a folder whose Python only prints what it is called with, and its environment."""
+    """The scripts in a folder whose Python only prints what it is called with, and its
+    environment.
+    """
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
@@ -76,7 +80,10 @@ def test_far_too_many_ranks_are_refused_unless_they_are_meant(copy, script, numb
     )
 
 
-@pytest.mark.parametrize("name", ["unknown.invalid", "127.0.0.1.invalid", "a;touch flag", "-oProxyCommand=x", "$(id)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["unknown.invalid", "127.0.0.1.invalid", "a;touch flag", "-oProxyCommand=x", "$(id)"],
+)
 def test_hosts_that_cannot_be_reached_are_named(copy, name):
     hosts = copy / "hosts"
     hosts.write_text(f"# mine\nlocalhost slots=1\n{name} slots=1\n")

@@ -13,7 +13,8 @@ def settings(name: str, **others) -> ModelRecipe:
     return ModelRecipe.model_validate({"name": name, "stem": "imagenet", **others})
 
 
-# Parameters as published with torchvision's weights; WRN-16-4 has 2.7 M (Zagoruyko & Komodakis, table 4).
+# Parameters as published with torchvision's weights; WRN-16-4 has 2.7 M (Zagoruyko & Komodakis,
+# table 4).
 @pytest.mark.parametrize(
     ("name", "classes", "parameters"),
     [
@@ -37,7 +38,9 @@ def test_resnet50_has_torchvisions_names():
 
 
 def test_inception_resnet_v2_is_timms():
-    """Names, shapes and size as timm's inception_resnet_v2 publishes them: 55.84 M for 1,000 classes."""
+    """Names, shapes and size as timm's inception_resnet_v2 publishes them: 55.84 M for 1,000
+    classes.
+    """
     model = build_model(settings("inception_resnet_v2"), 1000, ghost_batch=2)
     assert sum(p.numel() for p in model.parameters()) == 55_843_464
     tensors = model.state_dict()

@@ -1,4 +1,6 @@
-"""Images kept in memory: the same samples, cuts and pixels as DALI makes, and errors that name the file."""
+"""Images kept in memory: the same samples, cuts and pixels as DALI makes, and errors that name the
+file.
+"""
 
 import numpy as np
 import pytest
@@ -36,7 +38,9 @@ def write(folder, suffix: str, side: int = SIDE):
 
 
 def compare(folder, data: DataRecipe) -> tuple[float, float]:
-    """Largest and mean difference of pixels from DALI's, in grey levels of 0..255; labels are the same."""
+    """Largest and mean difference of pixels from DALI's, in grey levels of 0..255; labels are the
+    same.
+    """
     train, test = open_splits(folder)
     settings = {"micro_batch": 30, "device": CPU}
     makers = [

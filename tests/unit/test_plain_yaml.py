@@ -1,4 +1,6 @@
-"""Recipes are text that anyone may have written: what is refused, in one paragraph with its line."""
+"""Recipes are text that anyone may have written: what is refused, in one paragraph with its
+line.
+"""
 
 import os
 import socket

@@ -22,7 +22,8 @@ def test_all_is_sorted_and_listed_and_there():
 def test_a_plan_in_python_needs_neither_torch_nor_horovod():
     program = (
         "import sys, hvd_lbt\n"
-        "s = hvd_lbt.Schedule(policy='grow_batch', epochs=2, lr=0.1, momentum=0.9, global_batch=8)\n"
+        "s = hvd_lbt.Schedule(policy='grow_batch', epochs=2, lr=0.1, momentum=0.9, "
+        "global_batch=8)\n"
         "print(hvd_lbt.make_plan(s, 64).updates, 'torch' in sys.modules, 'horovod' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

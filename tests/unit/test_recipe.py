@@ -36,7 +36,10 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
         ("schedule.lr=", "schedule.lr: None is not allowed; it must be a valid number."),
         (
             "schedule.milestones=[{epoch: 9, factor: 2}, {epoch: 3, factor: 2}]",
-            "schedule.milestones: their epochs are 9, 3; each must be later than the one before it.",
+            (
+                "schedule.milestones: their epochs are 9, 3; each must be later than the one "
+                "before it."
+            ),
         ),
         (
             "schedule.milestones=[{epoch: 20, factor: 2}]",
@@ -60,8 +63,9 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
         (
             "schedule.scaled_start.lr=1000",
             (
-                "schedule.scaled_start: with lr 1000 and momentum 0.9 the noise scale is kept by a first "
-                "global batch of 320000; it must be from 1 to schedule.max_global_batch = 512."
+                "schedule.scaled_start: with lr 1000 and momentum 0.9 the noise scale is kept by "
+                "a first global batch of 320000; it must be from 1 to schedule.max_global_batch = "
+                "512."
             ),
         ),
         (

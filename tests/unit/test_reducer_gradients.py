@@ -1,4 +1,6 @@
-"""GradientReducer in one process: whatever autograd leaves in `.grad` is what the update is made of."""
+"""GradientReducer in one process: whatever autograd leaves in `.grad` is what the update is made
+of.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""One run, one owner: refused while it may live, taken over only with proof or on the user's word."""
+"""One run, one owner: refused while it may live, taken over only with proof or on the user's
+word.
+"""
 
 import errno
 import fcntl

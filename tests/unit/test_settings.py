@@ -1,4 +1,6 @@
-"""The settings of a schedule, made in Python: what is accepted, and what each mistake is answered."""
+"""The settings of a schedule, made in Python: what is accepted, and what each mistake is
+answered.
+"""
 
 import copy
 import dataclasses
@@ -73,7 +75,10 @@ def test_settings_are_frozen_values():
         ({"global_batch": 0}, "schedule.global_batch: 0 is not allowed; it must be greater than"),
         (
             {"policy": "grow"},
-            "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid' or 'grow_batch'.",
+            (
+                "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid' or "
+                "'grow_batch'."
+            ),
         ),
         ({"milestones": FALL}, "schedule.milestones: Milestone(epoch=4.0, factor=5.0"),
         ({"milestones": [{"epoch": 4}]}, "schedule.milestones: [{'epoch': 4}] is not allowed"),

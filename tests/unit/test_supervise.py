@@ -1,4 +1,6 @@
-"""launch/supervise.py without ranks: what is shown of a launcher's stderr, and that nothing is left behind."""
+"""launch/supervise.py without ranks: what is shown of a launcher's stderr, and that nothing is left
+behind.
+"""
 
 import importlib.util
 import os
@@ -41,7 +43,8 @@ MORE = """\
 [n:47] 1 more process has sent help message help-mpi-api.txt / mpi-abort
 [n:47] Set MCA parameter "orte_base_help_aggregate" to 0 to see all help / error messages
 [n:47] [[1,0],0] ORTE_ERROR_LOG: Data unpack would read past end of buffer in file ../../../orte/util/show_help.c at line 507
-"""
+"""  # noqa: E501 -- as Open MPI prints it
+FAILED = "hvd_lbt: rank 1 on n failed:\nTraceback\n"
 SRUN = """\
 srun: error: node1: tasks 0-1: Exited with exit code 2
 srun: launch/slurm: _step_signal: Terminating StepId=64.0
@@ -78,7 +81,7 @@ def shown(text: str, code: int, step: int = 10**6) -> str:
         (NOT_ZERO, 3, NOT_ZERO),
         (NOT_ZERO, 1, NOT_ZERO),
         (SRUN.replace("code 2", "code 3"), 3, SRUN.replace("code 2", "code 3")),
-        ("hvd_lbt: rank 1 on n failed:\nTraceback\n" + ABORT, 1, "hvd_lbt: rank 1 on n failed:\nTraceback\n"),
+        (FAILED + ABORT, 1, FAILED),
         # a signal is always news, and so is what only begins like a block
         (SIGNAL, 137, SIGNAL),
         (NOT_ZERO + SIGNAL, 137, SIGNAL + NOT_ZERO),

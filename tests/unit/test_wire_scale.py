@@ -1,4 +1,6 @@
-"""The wire's scale: one spike costs one resend, and what is large for long is sent in fp16 again."""
+"""The wire's scale: one spike costs one resend, and what is large for long is sent in fp16
+again.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What lies in a split beside its samples: counted by reason, with a few names, and never unsaid."""
+"""What lies in a split beside its samples: counted by reason, with a few names, and never
+unsaid.
+"""
 
 import os
 from collections.abc import Iterable
@@ -171,7 +173,8 @@ OTHER_PICTURES = (
 
 
 def classify(name: str, head: bytes) -> Reason | None:
-    """None if a file with an ending that is not in SUFFIXES is a sample by its content, else why not.
+    """None if a file with an ending that is not in SUFFIXES is a sample by its content, else why
+    not.
 
     Only a file without an ending is one: `1.jpg~` and `1.jpg.part` are copies of others.
     """

@@ -1,4 +1,6 @@
-"""An image folder: one class folder with image files in it. No file with an image's ending is opened."""
+"""An image folder: one class folder with image files in it. No file with an image's ending is
+opened.
+"""
 
 import os
 import stat
@@ -74,9 +76,9 @@ def _walk(folder: Path, top: Path, into: ClassFiles) -> None:
                 reason = None if image else _reason(entry)
                 if reason is None or entry.is_symlink():
                     raise UserError(
-                        f"{printable(entry.path)} lies in a folder below a class folder: a split is "
-                        f"CLASS/FILE, so its class is not certain. Move it to "
-                        f"{printable(top)}, or make its folder a class."
+                        f"{printable(entry.path)} lies in a folder below a class folder: a split "
+                        f"is CLASS/FILE, so its class is not certain. Move it to {printable(top)}, "
+                        "or make its folder a class."
                     )
                 if reason is found.FOLDERS:
                     todo.append(Path(entry.path))
@@ -112,7 +114,9 @@ def _reason(entry: os.DirEntry[str]) -> Reason | None:
 
 
 def first_bytes(file: str | Path, count: int) -> bytes | None:
-    """Up to `count` bytes of a regular file; None if it is none or must not be read. Never waits."""
+    """Up to `count` bytes of a regular file; None if it is none or must not be read. Never
+    waits.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError:

@@ -1,4 +1,6 @@
-"""RecordIO: MXNet's `.rec`. Specifications: dmlc-core's recordio.h, MXNet's recordio.py (IRHeader)."""
+"""RecordIO: MXNet's `.rec`. Specifications: dmlc-core's recordio.h, MXNet's recordio.py
+(IRHeader).
+"""
 
 import math
 import struct

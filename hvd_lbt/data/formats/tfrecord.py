@@ -36,7 +36,9 @@ def masked_crc(data: bytes) -> int:
 
 
 def scan_tfrecord(file: Path, extents: Extents) -> None:
-    """Samples of a TFRecord file of tf.train.Example with ImageNet's keys, or `image` and `label`."""
+    """Samples of a TFRecord file of tf.train.Example with ImageNet's keys, or `image` and
+    `label`.
+    """
     starts = []
     with file.open("rb") as stream:
         source = Window(stream.fileno(), file)
@@ -62,7 +64,9 @@ def tfrecord_places(file: Path) -> list[tuple[int, int]]:
 
 
 def _records(source: Window) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each record's data: 12 bytes come before it, and its checksum after it."""
+    """(offset, length) of each record's data: 12 bytes come before it, and its checksum after
+    it.
+    """
     at = 0
     while at < source.size:
         head = source.read(at, 12)
@@ -132,7 +136,9 @@ def _label(source: Window, key: bytes, place: tuple[int, int]) -> int | str:
 
 
 def _feature(source: Window, start: int, end: int, key: bytes) -> tuple[int, list[tuple[int, int]]]:
-    """Which list a tf.train.Feature is, and its values: (begin, end) of bytes, (number, 0) of int64."""
+    """Which list a tf.train.Feature is, and its values: (begin, end) of bytes, (number, 0) of
+    int64.
+    """
     lists = list(_fields(source, start, end))
     if len(lists) > 1 or any(kind != BYTES for _, kind, _, _ in lists):
         raise source.error(f"has a damaged feature {key!r} at byte {start:,}")
@@ -169,7 +175,9 @@ def _only(source: Window, start: int, end: int, what: str) -> tuple[int, int]:
 
 
 def _fields(source: Window, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, wire type, begin, end) of each field of a protobuf message; of a varint its value."""
+    """(number, wire type, begin, end) of each field of a protobuf message; of a varint its
+    value.
+    """
     at = start
     while at < end:
         tag, at = _varint(source, at, end)

@@ -40,7 +40,9 @@ class Member(NamedTuple):
 
 
 def scan_webdataset(file: Path, extents: Extents) -> None:
-    """Samples of a tar file; the label is in KEY.cls, or, if no image has one, the folder's name."""
+    """Samples of a tar file; the label is in KEY.cls, or, if no image has one, the folder's
+    name.
+    """
     with file.open("rb") as stream:
         source = Window(stream.fileno(), file)
         shard, links = _Shard(source, extents), []
@@ -199,9 +201,9 @@ def members(source: Window, extents: Extents) -> Iterator[Member]:
     while True:
         if at + BLOCK > source.size:
             raise source.error(
-                f"ends at byte {source.size:,} without tar's end marker, two blocks of zeros: it is "
-                "cut off, or its writer was not closed. If it is whole, add them: "
-                f"`head -c 1024 /dev/zero >> {source.file.name}`"
+                f"ends at byte {source.size:,} without tar's end marker, two blocks of zeros: it "
+                "is cut off, or its writer was not closed. If it is whole, add them: `head -c "
+                f"1024 /dev/zero >> {source.file.name}`"
             )
         head = source.read(at, BLOCK)
         member = _plain(head, at) if extended_at < 0 else None
@@ -346,7 +348,9 @@ def _end(source: Window, at: int, extents: Extents) -> None:
 
 
 def _resolved(source: Window, links: list[Member]) -> Iterator[Member]:
-    """The links as if each were a file with its target's bytes, which must lie in the same shard."""
+    """The links as if each were a file with its target's bytes, which must lie in the same
+    shard.
+    """
     targets = {}
     for link in links:
         folder = posixpath.dirname(link.name) if link.kind == tarfile.SYMTYPE else ""
