@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.identity import identity, same_on_all_ranks
+from hvd_lbt.data.identity import same_on_all_ranks
 from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import SampleError, UserError
@@ -104,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
         recipe.data.classes,
         recipe.data.timeout,
     )
-    same_on_all_ranks(comm.allgather_object((os.uname().nodename, {"test": identity(store)})))
+    same_on_all_ranks({"test": store}, comm.allgather_object)
     result = evaluate(
         model.to(device),
         store,

@@ -229,9 +229,7 @@ class ElasticRecipe(_Section):
     """Workers that come and go (`hvd_lbt elastic`)."""
 
     local_batch: Count | None = None
-    """Samples of an update that are worth a worker; a stage wishes for global batch / this, rounded
-    up.
-    """
+    """Samples per worker. A stage asks for ceil(global_batch / local_batch) workers."""
     commit_every: Count = 1
     """Updates between two copies of the state in memory: so many are done again after a loss."""
 

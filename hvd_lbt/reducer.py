@@ -69,6 +69,15 @@ class _Bucket:
     handle: Any = None  # of that sum, whatever allreduce_async gave
 
 
+def _check_settings(wire: str, bucket_mb: float, max_bad_updates: int) -> None:
+    if wire not in WIRE_TYPES:
+        raise UserError(f"wire: {wire!r} is no wire form. Allowed: {', '.join(WIRE_TYPES)}.")
+    if not bucket_mb > 0:
+        raise UserError(f"bucket_mb: {bucket_mb} is no size; it must be above 0.")
+    if max_bad_updates < 1:
+        raise UserError(f"max_bad_updates: {max_bad_updates} must be at least 1.")
+
+
 class GradientReducer:
     """Sums the gradients of an update over micro-batches and ranks, and hands them to the
     optimizer.
@@ -110,13 +119,8 @@ class GradientReducer:
         max_bad_updates: int = 10,
         overlap: bool = True,
         name: str = "gradient",
-    ) -> None:
-        if wire not in WIRE_TYPES:
-            raise UserError(f"wire: {wire!r} is no wire form. Allowed: {', '.join(WIRE_TYPES)}.")
-        if not bucket_mb > 0:
-            raise UserError(f"bucket_mb: {bucket_mb} is no size; it must be above 0.")
-        if max_bad_updates < 1:
-            raise UserError(f"max_bad_updates: {max_bad_updates} must be at least 1.")
+    ) -> None:  # long: all of a reducer's state, with what each part is for
+        _check_settings(wire, bucket_mb, max_bad_updates)
         if (allreduce_async is None) != (synchronize is None):
             raise UserError("allreduce_async and synchronize belong together: give both or none.")
         if world is None or allreduce_async is None or synchronize is None:

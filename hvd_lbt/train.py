@@ -1,7 +1,6 @@
 """Train with a batch that grows: the story of a run, from recipe to the last checkpoint."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batch_maker
-from hvd_lbt.data.identity import Identity, identity, same_on_all_ranks
+from hvd_lbt.data.identity import Identity, same_on_all_ranks
 from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_data
 from hvd_lbt.data.synthetic import SyntheticStore
@@ -183,8 +182,7 @@ def train(
     # Set up, plan, and where an earlier run stopped.
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     train_store, test_store = open_data(data, recipe)
-    splits = {"train": identity(train_store), "test": identity(test_store)}
-    same_on_all_ranks(comm.allgather_object((os.uname().nodename, splits)))
+    splits = same_on_all_ranks({"train": train_store, "test": test_store}, comm.allgather_object)
     plan = make_plan(recipe.schedule, len(train_store))
     state = membership.state if membership else None
     if state is None:

@@ -156,7 +156,7 @@ def _measure(
     world: World,
     device: torch.device,
     lines: Lines,
-) -> None:
+) -> None:  # long: three ways to do one thing, side by side, so that they can be compared
     hvd = comm.horovod()
     mine, horovods, ddps, alone = _models(recipe, 4, device)
     torch.manual_seed(world.rank)

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repetitions=10)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:  # long: both loops and what they share, in order
     """Check that both loops give the same weights, then time one update of each global batch."""
     load_recipe(args.recipe, args.settings)  # an error of it comes before anything starts
     world = comm.init()

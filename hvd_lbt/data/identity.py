@@ -7,8 +7,10 @@ cut into shards and files' times are not compared; nor are the images' bytes, wh
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +49,20 @@ def identity(store: Store | SyntheticStore) -> Identity:
     return its
 
 
-def same_on_all_ranks(of_ranks: Sequence[tuple[str, Mapping[str, Identity]]]) -> None:
-    """Raise UserError naming the ranks whose data is not that of most; given (host, splits) by
-    rank.
+def same_on_all_ranks(
+    stores: Mapping[str, Store | SyntheticStore], allgather: Callable[[Any], list[Any]]
+) -> dict[str, Identity]:
+    """The identity of each split; UserError on all ranks if one has other data than most.
+
+    allgather: gives every rank the plain values of all, by rank.
     """
+    splits = {split: identity(store) for split, store in stores.items()}
+    compare_copies(allgather((os.uname().nodename, splits)))
+    return splits
+
+
+def compare_copies(of_ranks: Sequence[tuple[str, Mapping[str, Identity]]]) -> None:
+    """Raise UserError naming the ranks whose data is not that of most; (host, splits) by rank."""
     views = [json.dumps(splits, sort_keys=True) for _, splits in of_ranks]
     if len(set(views)) == 1:
         return

@@ -29,7 +29,7 @@ INPUT = ("--recipe", "cifar10_small", "--batches", "1", "--micro-batch", "8", "-
         (1, ("train", *TRAIN), {"global batch 32", "global batch 64"}),
         (
             1,
-            ("input", *INPUT, "--index-entries", "2000"),
+            ("input", *INPUT, "--index-entries", "2000", "--set", "data.eval_resize=36"),
             {"decoding alone", "evaluation against PIL", "index, folder", "index, tfrecord"},
         ),
     ],

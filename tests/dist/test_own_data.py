@@ -7,7 +7,7 @@ from PIL import Image
 
 OWN_DATA = Path(__file__).with_name("own_data.py")
 TINY = ("model.width=4", "schedule.epochs=1", "schedule.milestones=[]", "layout.micro_batch=8")
-TINY += ("schedule.global_batch=8", "layout.ghost_batch=4", "run.noise_every=null")
+TINY += ("schedule.global_batch=8", "layout.ghost_batch=4", "run.noise_every=0")
 
 
 def write(data: Path) -> Path:

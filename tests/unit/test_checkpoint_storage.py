@@ -152,7 +152,7 @@ def test_a_folder_or_no_checkpoint_in_the_place_of_one(tmp_path, capsys):
     assert [line.split(": ")[0].split(" ")[2][-11:] for line in said] == [
         f"0000000{number}.pt" for number in (4, 3, 2)
     ]
-    assert "Is a directory" in said[2]
+    assert "is not a regular file" in said[2]
     assert newest_good(tmp_path).name == "update-00000004.pt"  # as far as its digest goes
 
 

@@ -9,7 +9,7 @@ import pytest
 from data_sets import encoded
 
 from hvd_lbt.data.convert import convert
-from hvd_lbt.data.identity import identity, same_at_resume, same_on_all_ranks
+from hvd_lbt.data.identity import compare_copies, identity, same_at_resume
 from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import UserError
 
@@ -70,9 +70,9 @@ def test_a_copy_that_differs_is_named_by_rank_and_host(change, folder, copy):
     with pytest.raises(
         UserError, match=rf"rank 2 on node2 differs from rank 0 on node1 in {CHANGES[change]}"
     ):
-        same_on_all_ranks(views)
+        compare_copies(views)
     with pytest.raises(UserError, match=r"rank 0 on a, rank 1 on a differ from rank 2 on b"):
-        same_on_all_ranks([("a", other), ("a", other), ("b", good), ("b", good), ("c", good)])
+        compare_copies([("a", other), ("a", other), ("b", good), ("b", good), ("c", good)])
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -93,7 +93,7 @@ def test_classes_in_another_order_are_seen(copy, tmp_path):
 
 def test_data_may_move_and_be_converted_by_our_own_command(folder, copy, tmp_path):
     state = {"data": splits(folder)}
-    same_on_all_ranks([("a", splits(folder)), ("b", splits(copy))])
+    compare_copies([("a", splits(folder)), ("b", splits(copy))])
     assert same_at_resume(state, splits(copy), "runs/x") == ""
     for form in ("webdataset", "tfrecord", "recordio"):
         convert(folder, tmp_path / form, form=form, samples_per_shard=5)
@@ -109,7 +109,7 @@ def test_other_images_in_shards_of_equal_count_are_seen(folder, copy, tmp_path):
     for name, data in (("one", folder), ("other", copy)):
         convert(data, tmp_path / name, form="webdataset", samples_per_shard=9)
     with pytest.raises(UserError, match="train: the files"):
-        same_on_all_ranks([("a", splits(tmp_path / "one")), ("b", splits(tmp_path / "other"))])
+        compare_copies([("a", splits(tmp_path / "one")), ("b", splits(tmp_path / "other"))])
 
 
 def test_a_checkpoint_without_hashes_loads_and_says_so(folder):
