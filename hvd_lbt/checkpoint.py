@@ -9,7 +9,6 @@ file is renamed to its name, then the digest. `load` accepts a file that either 
 whenever the writer is killed, there is the old checkpoint or the new one.
 """
 
-import argparse
 import errno
 import hashlib
 import os
@@ -32,7 +31,6 @@ from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe, recipe_of
 from hvd_lbt.run_lock import RunLock
 from hvd_lbt.state import on_cpu
-from hvd_lbt.terminal import printable
 from hvd_lbt.world import World
 
 VERSION = 1
@@ -86,9 +84,9 @@ class Checkpoints:
         Raises on all ranks: CheckpointError if the save before could not be written, RuntimeError
         if the ranks' weights differ.
         """
-        told = self._allgather((self._error(), weights_checksum(state["model"])))
-        _raise_first(error for error, _ in told)
-        _weights_agree([checksum for _, checksum in told], update)
+        of_ranks = self._allgather((self._error(), weights_checksum(state["model"])))
+        _raise_first(error for error, _ in of_ranks)
+        _weights_agree([checksum for _, checksum in of_ranks], update)
         self._saved_at = time.monotonic()
         if self._writes:
             copy = on_cpu({"version": VERSION, "best_top1": self.best_top1, **state})
@@ -101,7 +99,7 @@ class Checkpoints:
         _raise_first(self._allgather(self._error()))
 
     def last_good(self) -> str:
-        """A sentence that names the checkpoint to go on from."""
+        """A sentence that names the checkpoint to resume from."""
         self._error()
         file = newest_good(self.folder)
         return f"The last good checkpoint is {file}." if file else "No checkpoint was written."
@@ -139,7 +137,7 @@ class Checkpoints:
                     scratch.unlink(missing_ok=True)
             there = newest_good(self.folder)
             raise CheckpointError(
-                f"The checkpoint {file} could not be written ({_reason(error)}). Free space or "
+                f"The checkpoint {file} could not be written ({reason_of(error)}). Free space or "
                 "correct the folder, then start again with --resume from the last good one: "
                 f"{there.name if there else 'there is none yet'}."
             ) from error
@@ -257,7 +255,7 @@ def check(file: Path) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            reasons.append(f"{candidate} cannot be read ({_reason(error)})")
+            reasons.append(f"{candidate} cannot be read ({reason_of(error)})")
             continue
         expected = re.match(rb"\\?([0-9a-f]{64})(?=\s|$)", text)
         if not expected:
@@ -269,7 +267,7 @@ def check(file: Path) -> None:
             if isinstance(error, FileNotFoundError):
                 raise DamagedError(f"The checkpoint {file} is missing.") from error
             raise DamagedError(
-                f"The checkpoint {file} cannot be read: {_reason(error)}."
+                f"The checkpoint {file} cannot be read: {reason_of(error)}."
             ) from error
         if found == expected[1].decode():
             return
@@ -299,7 +297,7 @@ def load(file: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # whatever a file that is no checkpoint makes torch's reader raise
-        raise DamagedError(f"The checkpoint {file} cannot be read: {_reason(error)}.") from error
+        raise DamagedError(f"The checkpoint {file} cannot be read: {reason_of(error)}.") from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise UserError(
@@ -334,37 +332,6 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> int:
     return checksum
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `hvd_lbt export`."""
-    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/update-NNNNNNNN.pt")
-    parser.add_argument("--out", type=Path, help="the file to write [RECIPE.pth]")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Write a checkpoint's weights alone, and the class names in the order of the outputs.
-
-    The weights are torch.save of a state_dict with torchvision's names.
-    """
-    state, recipe = load_trained(args.checkpoint)
-    out = args.out or Path(f"{recipe.name}.pth")
-    names = out.with_name(f"{out.stem}.classes.txt")
-    try:
-        torch.save({name: tensor.contiguous() for name, tensor in state["model"].items()}, out)
-        lines = "".join(f"{name}\n" for name in state["classes"])
-        names.write_bytes(lines.encode("utf-8", "surrogateescape"))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {out}: it could not be written ({_reason(error)}).") from error
-    print(
-        f"{printable(out)}: the weights after {state['update']:,} updates, for "
-        "model.load_state_dict"
-    )
-    classes = state["classes"]
-    shown = ", ".join(f"{label} {printable(name)}" for label, name in enumerate(classes[:12]))
-    more = f", … {len(classes) - 1}" if len(classes) > 12 else ""
-    print(f"{printable(names)}: the class of each output, one a line: {shown}{more}")
-    return 0
-
-
 def _raise_first(errors: Iterable[str]) -> None:
     for error in filter(None, errors):
         raise CheckpointError(error)
@@ -378,7 +345,7 @@ def _weights_agree(checksums: Sequence[int], updates_done: int) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What the system said, where torch's writer hides it, else the first line of the error."""
     cause: BaseException | None = error
     while cause is not None:

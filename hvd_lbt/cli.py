@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
     "recipes": ("hvd_lbt.show_recipes", "list the shipped recipes, or print one as a whole"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
-    "export": ("hvd_lbt.checkpoint", "write a checkpoint's weights alone, for other programs"),
+    "export": ("hvd_lbt.export", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
     "study": ("hvd_lbt.study", "re-make a claim of the papers, and say whether it held"),
     "bench optimizer": ("hvd_lbt.bench.optimizer", "the fused update and the wire kernels"),

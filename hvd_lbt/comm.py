@@ -277,7 +277,7 @@ def _start_watchdog() -> None:
         raise UserError(f"{STALL_SECONDS}={value}: it must be a number of seconds.") from error
     if stall > 0 and not _watched:
         if _GLOO and os.environ.get("HOROVOD_ELASTIC") != "1":
-            # Gloo would raise after its own 30 s, which could not be told from a rank that died.
+            # Gloo would raise after its own 30 s, which looks like a rank that died.
             patience = math.ceil(min(stall + 2 * WATCHDOG_MARGIN, 2e6))
             os.environ[GLOO_SECONDS] = str(patience)
         threading.Thread(target=_watch, args=(stall,), daemon=True, name="watchdog").start()

@@ -43,7 +43,7 @@ RENAMED = {
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 # Settings with which a run may be resumed otherwise: they change speed, memory, rounding or what is
-# told of the run, not what is computed.
+# logged of the run, not what is computed.
 FREE_AT_RESUME: dict[str, Any] = {
     "name": True,
     "data": {

@@ -496,8 +496,8 @@ class GradientReducer:
             self.synchronize(bucket.handle)
             bucket.sent, bucket.handle = False, None
         self.synchronize(self._flags_handle)
-        overflowed, bad, *told = self._flags.tolist()
-        measured, by_rank = told[:5], told[5:]
+        overflowed, bad, *rest = self._flags.tolist()
+        measured, by_rank = rest[:5], rest[5:]
         largest, frozen = by_rank[: self.world.size], by_rank[self.world.size :]
         self._overflow.zero_()
         self._sent = False

@@ -62,7 +62,7 @@ class StopRequest:
         self._handle = self._allreduce_async(self._sum, "stop")
 
     def agreed(self) -> tuple[bool, bool]:
-        """Whether any rank was told to stop, and any wanted to save: the same on all ranks."""
+        """Whether any rank was asked to stop, and any wanted to save: the same on all ranks."""
         stop, save = self._synchronize(self._handle).tolist()
         return stop > 0, save > 0
 

@@ -1,6 +1,6 @@
 """`hvd_lbt study`: re-make a claim of the papers: train, measure, draw, and say whether it held.
 
-Trainings are real `hvd_lbt train` runs, one rank each. The same command goes on where it stopped:
+Trainings are real `hvd_lbt train` runs, one rank each. The same command continues where it stopped:
 finished runs are kept, unfinished ones resumed.
 """
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
             raise UserError("--updates K: a dry run needs --data FOLDER, the images to train on.")
         study = shortened(study, args.updates, len(open_train_split(args.data)))
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
-    # Every training is told, saves, and ends. A shell's background job is born deaf to SIGINT.
+    # Every training saves and ends. A shell's background job ignores SIGINT from its start.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
             )
         )
     except Stopped:
-        print("Stopped. The same command goes on from here.")
+        print("Stopped. The same command continues from here.")
         return EXIT_STOPPED
     return 0
 

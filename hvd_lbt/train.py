@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the run's folder [runs/NAME]")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument(
-        "--resume", action="store_true", help="go on where the run in --out stopped"
+        "--resume", action="store_true", help="continue the run in --out where it stopped"
     )
     parser.add_argument(
         "--take-over",
@@ -231,8 +231,8 @@ def train(
         stop.ask(save=run.checkpoints.due())
         run.update(update, batches)
         done = update.index + 1
-        told_to_stop, due = stop.agreed()
-        stopped = told_to_stop and done < plan.updates
+        asked_to_stop, due = stop.agreed()
+        stopped = asked_to_stop and done < plan.updates
         best = run.evaluate(update)
         ends = done == plan.updates or plan.at(done).stage != update.stage
         if stopped or due or best or ends:

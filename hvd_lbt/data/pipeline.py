@@ -174,7 +174,7 @@ class _Maker:
             if again:
                 work = again.popleft()
             else:
-                # reads of the next micro-batches go on while this one is waited for
+                # reads of the next micro-batches continue while this one is waited for
                 reading.extend(itertools.islice(begun, 1 + self.data.prefetch - len(reading)))
                 if not reading:
                     raise StopIteration

@@ -1,7 +1,7 @@
 """`python output.py PREFIX`: print standard input, PREFIX before each line, until it ends.
 
 A program of its own, on the standard library alone. If nobody reads what it prints any more, it
-goes on reading, so that the worker which writes to it is not ended by a broken pipe.
+keeps reading, so that the worker which writes to it is not ended by a broken pipe.
 """
 
 import os

@@ -42,7 +42,7 @@ class WorldChanges(Exception):
 class Membership:
     """This worker's part in a world that changes.
 
-    state: what `train` goes on from, the newest committed state of any worker; None at the start.
+    state: what `train` resumes from, the newest committed state of any worker; None at the start.
     """
 
     def __init__(self, recipe: Recipe, out: Path):
@@ -225,7 +225,7 @@ class Membership:
                 if self._stop_asked or time.monotonic() > deadline:
                     return str(again)
             else:
-                print(f"Saved after {update} updates: go on with --resume.", flush=True)
+                print(f"Saved after {update} updates: continue with --resume.", flush=True)
                 return ""
             for _ in range(int(SAVE_AGAIN_SECONDS)):
                 if not self._stop_asked:

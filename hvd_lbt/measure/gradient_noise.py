@@ -3,7 +3,7 @@
 Source: S. McCandlish, J. Kaplan, D. Amodei, "An Empirical Model of Large-Batch Training", 2018
 (arXiv:1812.06162), section 2.2 and appendix A.1. Σ is the covariance of one sample's gradient, G
 the mean gradient. A global batch far below tr(Σ) / |G|² is nearly all noise, one far above nearly
-all gradient. What this has to do with the planned noise scale g is told in docs/gradient_noise.md.
+all gradient. How it relates to the planned noise scale g: docs/gradient_noise.md.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class GradientNoise:
 
     whatever the b_k; so B·(S − |g|²)/(K − 1) and |g|² minus a B-th of that are unbiased. With
     equal parts they are the paper's. Both are averaged apart, over some 10 measurements: the ratio
-    of the averages is what is told. One part alone (K = 1) tells nothing: the averages are
+    of the averages is what is logged. One part alone (K = 1) gives no measurement: the averages are
     forgotten until there are more. An update that was skipped or sent again in fp32 is not counted.
 
     model: whose parameters' gradients count. Everything stays on the device, and is the same on all
@@ -99,7 +99,7 @@ class GradientNoise:
         return self._averages[:2] / self._averages[2]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages: a resumed run goes on with them, on any number of ranks."""
+        """The averages: a resumed run continues them, on any number of ranks."""
         return {"averages": self._averages.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from hvd_lbt.report.lines import KEYS, Line, read_lines
 Floats = NDArray[np.float64]
 NAMED = 5  # damaged lines that are named, of all that are counted
 
-# Okabe and Ito's colours, told apart by all common forms of colour blindness; yellow is too faint
+# Okabe and Ito's colours, distinct in all common forms of colour blindness; yellow is too faint
 # for a line on white. From the eighth group on they come again with another dash.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")

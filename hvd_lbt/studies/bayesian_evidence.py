@@ -230,7 +230,7 @@ def draw(drawn: dict[str, list[dict[str, list[float]]]], path: Path) -> None:
             panels[2, column].set_xlabel("regulariser λ")
         panels[0, 0].set_xscale("log")
         # Weakly regularised, shuffled labels cost 15 nats: the axis ends where the null model is
-        # told.
+        # shown.
         panels[1, 0].set_ylim(0, 1.6)
         panels[1, 0].annotate(
             "null model, ln 2", (LAMBDAS[-1], np.log(2)), (0, 4), textcoords="offset points"

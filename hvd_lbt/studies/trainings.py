@@ -262,7 +262,7 @@ def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequen
     if any(codes):
         raise UserError(
             f"A training failed (exit codes of the workers: {codes}); the reason is above. The "
-            "same command goes on from here."
+            "same command continues from here."
         )
 
 

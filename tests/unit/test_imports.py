@@ -26,7 +26,7 @@ LAYERS = [
     {"metrics", "sampler"},
     {"training"},
     {"elastic"},
-    {"evaluate", "elastic.worker"},
+    {"evaluate", "export", "elastic.worker"},
     {"train", "report", "show_plan", "show_recipes", "doctor", "bench"},
     {"studies"},
     {"study"},

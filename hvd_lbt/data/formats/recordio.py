@@ -11,7 +11,7 @@ from hvd_lbt.data.formats.side_files import compare_with_idx
 
 RECORDIO_MAGIC = b"\x0a\x23\xd7\xce"
 HEADER = 24  # flag, label, and two numbers of the image
-LARGEST_EXACT = 1 << 24  # of a 32-bit float: labels above cannot all be told apart
+LARGEST_EXACT = 1 << 24  # of a 32-bit float: labels above are not all distinct
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 
 

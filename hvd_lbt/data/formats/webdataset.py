@@ -122,7 +122,7 @@ class _Shard:
 
     def _beside(self, key: str, path: str, reason: found.Reason) -> None:
         if reason is found.NO_IMAGE:
-            # the key may get its image later; what stays without one is told by `join`
+            # the key may get its image later; what stays without one is reported by `join`
             if key in self.images:
                 self.extents.findings.add(found.FIELDS, path)
             elif key in self.without:
