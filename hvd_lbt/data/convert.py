@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from hvd_lbt import terminal
 from hvd_lbt.arguments import count, threads
+from hvd_lbt.data.class_names import CLASSES_FILE, as_lines
 from hvd_lbt.data.formats import (
     SCANS,
     SUFFIXES,
@@ -31,9 +32,10 @@ from hvd_lbt.data.formats import (
     recordio,
     tfrecord,
 )
+from hvd_lbt.data.formats.extents import LabelError, class_name
 from hvd_lbt.data.identity import identity
 from hvd_lbt.data.source import has_split
-from hvd_lbt.data.store import CLASSES_FILE, Store, open_test_split, open_train_split
+from hvd_lbt.data.store import Store, open_test_split, open_train_split
 from hvd_lbt.errors import UserError
 
 ABOUT_FILE = "convert.json"
@@ -92,17 +94,14 @@ def convert(
         "samples": {split: len(store) for split, store in stores.items()},
         "data": {split: identity(store) for split, store in stores.items()},
     }
-    for name in train.classes:
-        if name.splitlines() != [name] or not _is_text(name):
-            raise UserError(
-                f"The class {name!r} cannot be a line of {CLASSES_FILE}: it has a line break, or is "
-                f"not UTF-8. Rename its folder in {data}."
-            )
+    class_lines = as_lines(train.classes)
+    if form == "tfrecord":
+        _check_labels(train.classes)
     console = terminal.console(stderr=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _begin_or_go_on(out, about)
-        (out / CLASSES_FILE).write_text("".join(f"{name}\n" for name in train.classes), "utf-8")
+        (out / CLASSES_FILE).write_bytes(class_lines)
         for split, store in stores.items():
             with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
                 task = bar.add_task(
@@ -138,13 +137,16 @@ def convert(
         ) from error
 
 
-def _is_text(name: str) -> bool:
-    """Whether it is UTF-8: a file's name need not be."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_labels(classes: tuple[str, ...]) -> None:
+    """Raise UserError for a name that scan_tfrecord would refuse as a label."""
+    for name in classes:
+        try:
+            class_name(name.encode())
+        except LabelError as error:
+            raise UserError(
+                f"The class {name!r} cannot be a label in TFRecord: {error}. Rename the class, or "
+                "choose --format webdataset or recordio, whose labels are numbers."
+            ) from error
 
 
 def _begin_or_go_on(out: Path, about: dict) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_lbt.data.class_names import hash_of
 from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import UserError
@@ -33,7 +34,7 @@ def identity(store: Store | SyntheticStore) -> Identity:
     its = {
         "kind": "synthetic",
         "count": str(len(store)),
-        "classes": _sha256(json.dumps(store.classes).encode()),
+        "classes": hash_of(store.classes),
         "labels": _sha256(store.labels.astype("<i8").tobytes()),
         "samples": "",
     }

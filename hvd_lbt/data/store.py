@@ -7,21 +7,21 @@ positional read. The bytes are checked before anyone decodes them.
 import errno
 import os
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 
+from hvd_lbt.data.class_names import CLASSES_FILE, read_classes
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.formats import join_recordio
 from hvd_lbt.data.index import Index, open_index
 from hvd_lbt.data.pixels import Encoded, encoded
-from hvd_lbt.data.reading import open_regular, read_regular
+from hvd_lbt.data.reading import bounded, open_regular, read_regular
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import Recipe
 
-CLASSES_FILE = "classes.txt"
 OPEN_SHARDS = 128  # kept open at once by a process, of 1,024 that many systems allow it
 TIMEOUT = 300.0
 # What is wrong with one file. Any other failure of a read is the storage's, and is never skipped.
@@ -56,7 +56,7 @@ class Store:
                 f"{index.root} has the class {unknown[0]!r}"
                 + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
                 + f", which is not among the {len(classes)} classes of the training images, "
-                f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}. "
+                f"{', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''}. "
                 f"Both splits must use the same class names, those of {CLASSES_FILE} where there is one."
             )
         table = np.array([label_of[name] for name in found], dtype=np.int64)
@@ -183,7 +183,8 @@ def open_train_split(
     data: Path, classes_file: str | Path | None = None, timeout: float = TIMEOUT
 ) -> Store:
     """The training split; its classes are the data set's."""
-    return Store(open_index(data, "train", timeout), named=read_classes(data, classes_file))
+    index = open_index(data, "train", timeout)
+    return Store(index, named=_named(data, classes_file, timeout, index.token_names))
 
 
 def open_test_split(
@@ -193,22 +194,17 @@ def open_test_split(
     timeout: float = TIMEOUT,
 ) -> Store:
     """The test split (DATA/test, or DATA/val where there is none) with the training's classes."""
-    return Store(open_index(data, "test", timeout), classes, read_classes(data, classes_file))
+    index = open_index(data, "test", timeout)
+    return Store(index, classes, _named(data, classes_file, timeout, index.token_names, classes))
 
 
-def read_classes(data: Path, file: str | Path | None) -> tuple[str, ...] | None:
-    """The names in `file`, else in DATA/classes.txt, else None. Raises UserError for one given twice."""
-    chosen = Path(file or data / CLASSES_FILE)
-    if file is None and not chosen.exists():
-        return None
-    try:
-        names = chosen.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The classes file {chosen} cannot be read ({error}).") from error
-    if not all(names) or len(set(names)) < len(names):
-        twice = next((name for name, count in Counter(names).most_common(1)), "")
-        raise UserError(
-            f"The classes file {chosen} has {'an empty line' if not all(names) else f'{twice!r} twice'}"
-            "; it must have one name a line, each once: the first is label 0."
-        )
-    return tuple(names)
+def _named(
+    data: Path, file: str | Path | None, timeout: float, *known: tuple[int | str, ...]
+) -> tuple[str, ...] | None:
+    """As read_classes; a ReadError when the storage gives nothing for `timeout` seconds."""
+
+    def look(asked: list[Path]) -> tuple[str, ...] | None:
+        asked.append(Path(file or data / CLASSES_FILE))
+        return read_classes(data, file, known)
+
+    return bounded(look, timeout)
