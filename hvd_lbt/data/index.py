@@ -39,6 +39,7 @@ from hvd_lbt.data.formats.side_files import compare_with_counts
 from hvd_lbt.data.reading import Readers, bounded
 from hvd_lbt.data.source import Source, find_source
 from hvd_lbt.errors import ReadError, UserError
+from hvd_lbt.run_lock import start_of
 from hvd_lbt.terminal import printable
 
 SCANNERS = 16  # folders or shards read at the same time: their disks' latency is what is waited for
@@ -108,6 +109,7 @@ def open_index(data: Path, split: str, timeout: float) -> Index:
         return index
     try:
         with _lock(file, timeout) as beat:
+            _remove_scratch(file)
             index, _ = _load(file, source, began)  # another process may have been faster
             return index or _build(source, file, why, timeout, beat)
     except OSError as error:
@@ -123,6 +125,17 @@ def _look(
     file = _index_file(data, split)
     asked.append(file)
     return source, began, file, *_load(file, source, began)
+
+
+def _remove_scratch(file: Path) -> None:
+    """Remove temporary index files of processes of this host that have ended."""
+    start = f".{file.name}.{socket.gethostname()}."
+    for scratch in file.parent.iterdir():
+        pid = scratch.name.removeprefix(start)
+        if pid == scratch.name or not pid.isdecimal() or start_of(int(pid)) is not None:
+            continue
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def _index_file(data: Path, split: str) -> Path:
@@ -406,13 +419,31 @@ def _compare_labels(source: Source, made: list[Extents], findings: Findings) -> 
 
 @contextmanager
 def _lock(file: Path, timeout: float) -> Iterator[Callable[[], None]]:
-    """Hold FILE.lock; yields a function that tells those who wait that this process moves on.
+    """Hold FILE.lock. Storage without locks lets all build the index, each whole."""
 
-    The lock is the kernel's: it goes when its holder dies. Storage without locks lets all build the
-    index, each whole.
-    """
+    def stalled(holder: str) -> UserError:
+        return ReadError(
+            f"{file} is being made by {holder}, which has not moved on for {timeout:g} s "
+            "(data.timeout)."
+        )
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("a+", encoding="utf-8") as lock:
+    with locked(file.with_suffix(".lock"), stalled, timeout) as beat:
+        yield beat
+
+
+@contextmanager
+def locked(
+    file: Path, refuse: Callable[[str], UserError], timeout: float = 0.0
+) -> Iterator[Callable[[], None]]:
+    """Hold the kernel's lock on a file; it is released when its holder dies.
+
+    Yields a function that shows those who wait that this process makes progress. Raises what
+    `refuse` makes of the holder's name (process and host) once the holder has shown nothing for
+    `timeout` seconds; 0: at once. Where the file system has no locks, nobody is refused.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as lock:
         beaten, moved = -1, time.monotonic()
         while True:
             try:
@@ -420,14 +451,11 @@ def _lock(file: Path, timeout: float) -> Iterator[Callable[[], None]]:
                 break
             except BlockingIOError:
                 beat = os.fstat(lock.fileno()).st_mtime_ns
-                if beat != beaten:
+                if timeout and beat != beaten:
                     beaten, moved = beat, time.monotonic()
-                elif time.monotonic() - moved > timeout:
+                elif time.monotonic() - moved >= timeout:
                     lock.seek(0)
-                    raise ReadError(
-                        f"{file} is being made by {lock.read() or 'another process'}, which has not "
-                        f"moved on for {timeout:g} s (data.timeout)."
-                    ) from None
+                    raise refuse(lock.read(1000) or "another process") from None
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
