@@ -162,10 +162,22 @@ class _Parser(argparse.ArgumentParser):
         """As argparse's, but what is not known is named by the command that was given it."""
         if self.module_name:
             self._take_arguments_of(self.module_name)
+            self._refuse_unknown_options(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown arguments: {' '.join(unknown)}")
         return found, unknown
+
+    def _refuse_unknown_options(self, words: Sequence[str]) -> None:
+        """argparse takes `--x={a: 1}` for a folder's name, since it has a space."""
+        if any(action.nargs == argparse.REMAINDER for action in self._actions):
+            return  # another command's words follow
+        for word in words:
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            if " " in word and word.startswith("--") and name not in self._option_string_actions:
+                self.error(f"unknown arguments: {word}")
 
     def _take_arguments_of(self, module_name: str) -> None:
         try:

@@ -220,3 +220,10 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("hvd_lbt.show_plan.main", fails)
     with pytest.raises(KeyError):
         main(["plan", "digits"])
+
+
+def test_an_unknown_option_with_a_space_is_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "digits", "--no-such-option={a: 1}"]) == 2
+    assert "unknown arguments: --no-such-option={a: 1}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -32,8 +32,10 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mutated_input_is_accepted_or_refused_in_one_paragraph(kind):
+def test_mutated_input_is_accepted_or_refused_in_one_paragraph(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what is written by mistake
     assert campaign(kind, cases=40, seed=0, limit=100) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(st.data())
