@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from trainings import train
 
-
 PROGRAM = Path(__file__).with_name("elastic_ranks.py")
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from trainings import EXACT, ROUNDING, difference, events, last_state, train
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from trainings import EXACT, ROUNDING, difference, events, last_state, train
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.models import compiled, make_forward
-from hvd_lbt.recipe import RunRecipe
 
 # 8 updates of two ghost batches, 4 of two micro-batches, and a last one of a ghost batch and a half.
 SETTINGS = (

@@ -8,11 +8,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from elastic_runs import Elastic, kept
 from launching import run_ranks
 from trainings import EXACT, ROUNDING, difference, events, last_state, train
 
-from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.plan import make_plan
 
 KILLS = int(os.environ.get("HVD_LBT_TEST_KILLS", "3"))
 

@@ -1,20 +1,9 @@
 """Two nodes that reach each other by ssh only, with network and host names of their own."""
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
-import pytest
-from launching import ROOT, Ended, Launch
-from two_nodes import on_two_nodes
+from launching import ROOT
 from trainings import SMALL, events, last_state, train
-
-
-
-
-
-
+from two_nodes import on_two_nodes
 
 SHORT = (*SMALL, "schedule.epochs=0.5", "schedule.milestones=[]")
 

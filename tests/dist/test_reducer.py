@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from launching import run_ranks
 import torch
+from launching import run_ranks
 from reducer_ranks import SAMPLES, SHARES, UPDATES, network, samples, sgd
 from torch.nn import functional as F
 

@@ -1,30 +1,17 @@
 """Whole runs on real ranks: the update does not know how many there are, and nothing is lost."""
 
 import json
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-
 from trainings import EXACT, ROUNDING, SMALL, difference, events, last_state, train
 
-from hvd_lbt import checkpoint
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.recipe import load_recipe
-
-
-
-
-
-
-
-
-
+from hvd_lbt.schedule.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +110,7 @@ def test_an_unreadable_image_is_named_and_ends_all_ranks(start, digits, tmp_path
     assert f"hvd_lbt: {image} is no whole image: image file is truncated" in ended.output
 
 
-def test_bad_samples_are_left_out_alike_on_any_number_of_ranks(ranks, digits, tmp_path):
+def test_bad_samples_are_skipped_alike_on_any_number_of_ranks(ranks, digits, tmp_path):
     data = tmp_path / "data"
     broken = [broken_copy(digits, data), *sorted((data / "train/3").iterdir())[4:6]]
     broken[1].write_bytes(b"")
@@ -142,21 +129,10 @@ def test_bad_samples_are_left_out_alike_on_any_number_of_ranks(ranks, digits, tm
         listed = "".join(file.read_text() for file in out.glob("skipped_samples.*.txt"))
         for file in broken:
             assert listed.count(f"{its_data / file.relative_to(data)} is no whole image") == 1
-        assert "samples left out" in output
+        assert "samples skipped" in output
     assert difference(tmp_path / "1", tmp_path / "3") < ROUNDING
     assert events(tmp_path / "1", "eval")[-1]["samples"] == 360
     assert events(tmp_path / "3", "eval")[-1]["samples"] == 1  # of two, for three ranks
-
-
-def test_storage_that_gives_no_answer_ends_all_ranks_with_the_files_name(start, digits, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(digits, data)
-    stalled = data / "train/5/stalled.png"
-    os.mkfifo(stalled)  # whoever opens it waits for ever
-    words = train(*SMALL, "data.timeout=2", data=data, out=tmp_path / "run")
-    ended = start(2, *words, timeout=90).wait()
-    assert ended.code == 2
-    assert f"hvd_lbt: {stalled} was not read within 2 s (data.timeout)" in ended.output
 
 
 def test_synthetic_images_train_without_files(ranks, tmp_path):
@@ -210,7 +186,7 @@ def test_bad_folders_and_settings_are_one_paragraph(start, digits, tmp_path):
         assert len(told) == 1, ended.output
         assert message in told[0]
         assert "Traceback" not in ended.output
-    assert not out.exists()
+    assert [file.name for file in out.iterdir()] == ["owner.lock"]  # nothing of a run
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(ranks, tmp_path):

@@ -4,8 +4,8 @@ import json
 
 import psutil
 from launching import ROOT
-from two_nodes import begin_on_two_nodes, on_two_nodes
 from trainings import SMALL, events, train
+from two_nodes import begin_on_two_nodes, on_two_nodes
 
 TELL = """\
 import json, os, pathlib

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from hvd_lbt import checkpoint
 
-
 # Two epochs of a small network: 77 updates of 32, then 3 of up to 128.
 SMALL = (
     "model.width=8",

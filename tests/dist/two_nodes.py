@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from launching import Ended, Launch
 
-
 SSHD = "/usr/sbin/sshd"  # it wants to be called so
 
 
