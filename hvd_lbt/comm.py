@@ -20,9 +20,9 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ try:
         from mpi4py import MPI
     import horovod.torch as hvd
     from horovod.common.exceptions import HorovodInternalError
+    from horovod.torch import mpi_lib_v2
 except ImportError as error:
     raise UserError(
         f"Horovod and mpi4py are needed to train, and one does not import ({error}). "
@@ -83,17 +84,18 @@ class _WaitingFor:
         _waiting = self._outer
 
 
-def init(device: int | None = None) -> World:
+def init(device: int | None = None, on_failure: Callable[[], NoReturn] | None = None) -> World:
     """Join the world: start Horovod and, with a GPU per local rank, take this rank's GPU.
 
     device: the number of the GPU if it is not the local rank; a worker that has outlived a smaller
-    local rank keeps its own.
+    local rank keeps its own. on_failure: called in Horovod's own thread if it cannot connect to the
+    other ranks, instead of the process being aborted; it must end or replace this process.
     """
     global _world
     _start_watchdog()
     launcher.watch()
     before = set(_open_files().values())
-    with _WaitingFor("the start of all ranks"):
+    with _WaitingFor("the start of all ranks"), _on_uncaught_error(on_failure):
         hvd.init()
     opened = {number: file for number, file in _open_files().items() if file not in before}
     _opened[:] = _connected(opened)
@@ -107,6 +109,29 @@ def init(device: int | None = None) -> World:
         torch.cuda.set_device(world.device)
     _world = world
     return world
+
+
+@contextmanager
+def _on_uncaught_error(handle: Callable[[], NoReturn] | None) -> Iterator[None]:
+    """Have `handle` called where a thread of Horovod's would abort for an uncaught C++ exception.
+
+    Gloo raises one where a rank dies while it connects them: Horovod 0.28.1 catches it nowhere.
+    """
+    if handle is None:
+        yield
+        return
+    # looked up through Horovod's own library, which leads to the C++ runtime that it uses
+    library = ctypes.CDLL(mpi_lib_v2.__file__)
+    set_terminate = library._ZSt13set_terminatePFvvE  # std::set_terminate(void (*)())
+    set_terminate.restype, set_terminate.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    callback = ctypes.CFUNCTYPE(None)(handle)
+    before = set_terminate(ctypes.cast(callback, ctypes.c_void_p))
+    try:
+        yield
+    except ValueError:  # Horovod has caught one that came late, and cannot begin again either
+        handle()
+    finally:
+        set_terminate(before)
 
 
 def world() -> World:

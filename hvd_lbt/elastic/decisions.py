@@ -139,6 +139,8 @@ class Driver:
             if worker is None or worker.leaving is not None:
                 return {"leave": True}
             worker.heard = self._clock()
+            if "restarts" in message:
+                return self._restart(worker, message["generation"])
             if "update" in message:
                 return self._note(int(message["generation"]), int(message["update"]))
             if "connections" in message:
@@ -150,6 +152,16 @@ class Driver:
                 return worker.assignment
             worker.waits = True
             return {"wait": True}
+
+    def _restart(self, worker: Worker, generation: int) -> dict[str, Any]:
+        """It loads its program again, with its state, as it could not connect to the others."""
+        now = self._clock()
+        worker.began, worker.heard, worker.waits = now, None, False
+        where = f"{worker.slot[0]}:{worker.slot[1]}"
+        self._say(f"{where} restarts: a worker was lost while they connected", restarts=where)
+        if generation == self._generation:
+            self._count_loss(1, now)
+        return {}
 
     def known(self) -> set[str]:
         """The names of the workers that are started and have not ended."""

@@ -10,6 +10,7 @@ import hmac
 import json
 import secrets
 import threading
+import time
 from typing import Any
 
 # What is signed begins with who speaks: a request is never a valid answer.
@@ -46,7 +47,8 @@ class Signer:
 
     def __init__(self, worker: str, key: bytes):
         self._worker, self._key = worker, key
-        self._lock, self._number = threading.Lock(), 0
+        # above those of the program that this one may have replaced in the same process
+        self._lock, self._number = threading.Lock(), time.monotonic_ns()
 
     def request(self, message: dict[str, Any]) -> tuple[bytes, bytes]:
         """Body and signature of a new request."""

@@ -8,12 +8,14 @@ that are there meet, take the newest copy, and enter `train` again.
 
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,6 +33,10 @@ from hvd_lbt.world import World
 
 REPORT_SECONDS = 0.5
 ASK_SECONDS = 0.05
+# Workers that connect while one of them is lost may still succeed; after this they restart.
+CONNECT_SECONDS = 3.0
+# What a worker hands to the program that replaces it: the last world, and the file of its state.
+GENERATION, STATE = "HVD_LBT_ELASTIC_GENERATION", "HVD_LBT_ELASTIC_STATE"
 # If no checkpoint can be written, the newest state is tried again until somebody has freed space.
 SAVE_AGAIN_SECONDS, SAVE_AGAIN_FOR = 10.0, 500.0  # the others wait in a collective, at most 600 s
 
@@ -47,14 +53,14 @@ class Membership:
 
     def __init__(self, recipe: Recipe, out: Path):
         self.state: dict[str, Any] | None = None
-        self.generation = 0
+        self.generation = int(os.environ.pop(GENERATION, "0"))
         self._recipe, self._out = recipe, out
         # the key is not for the processes that this one starts
-        key = bytes.fromhex(os.environ.pop(KEY))
-        self._link = Link(os.environ[ADDRESS], os.environ[NAME], key)
+        self._key = os.environ.pop(KEY)
+        self._link = Link(os.environ[ADDRESS], os.environ[NAME], bytes.fromhex(self._key))
         self._relay = Relay(self._link)
         self._relay.direct_horovod_here()
-        self._committed: dict[str, Any] = {}
+        self._committed: dict[str, Any] = _handed_over()
         self._target = 0
         self._rank = 0
         self._stop: StopRequest | None = None
@@ -63,9 +69,10 @@ class Membership:
         self._wanted = {"regroup": False, "stop": False, "lost": False}
         self._news = threading.Event()
         self._leaving = threading.Lock()
-        self._in_world = False
+        self._in_world = self._connecting = False
         self._at_end: Callable[[], None] = _nothing
         self._listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # after a restart
         threading.Thread(target=self._report, daemon=True).start()
 
     def join(self) -> World | None:
@@ -77,7 +84,10 @@ class Membership:
             for name in ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size"):
                 os.environ[f"HOROVOD_{name.upper()}"] = str(answer[name])
             self.generation = self._relay.generation = answer["generation"]
-            world = comm.init(device=answer["slot"])
+            self._connecting = True
+            world = comm.init(device=answer["slot"], on_failure=self._restart)
+            with self._leaving:
+                self._connecting = False
             if world.size == 1 or self._is_among_workers():
                 break
             comm.disconnect()  # or the end of this world waits for a stranger
@@ -100,6 +110,29 @@ class Membership:
         connections = [ends for ends in comm.connections() if not signed & {*ends}]
         message = {"generation": self.generation, "connections": connections}
         return "checked" in self._ask_until_known(message)
+
+    def _restart(self) -> NoReturn:
+        """Load this program again in this process, and hand the committed state on to it.
+
+        Where a rank dies while Horovod connects them, it can neither go on in this process nor
+        begin again.
+        """
+        with self._leaving:  # held to the end: the first thread that comes here restarts
+            try:
+                print("A worker is lost while the ranks connect: restarting.", flush=True)
+                self._link.ask({"generation": self.generation, "restarts": True})
+                own = {KEY: self._key, GENERATION: str(self.generation)}
+                if self._committed:
+                    number = os.memfd_create("state", 0)
+                    with os.fdopen(number, "wb", closefd=False) as file:
+                        torch.save(on_cpu(self._committed), file)
+                    own[STATE] = str(number)
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept for the new program
+                os.execve(sys.executable, sys.orig_argv, os.environ | own)
+            except BaseException:  # there is nobody above who could handle it
+                traceback.print_exc()
+            finally:
+                os._exit(1)
 
     def _ask_until_known(self, message: dict[str, Any]) -> dict[str, Any]:
         """The driver's answer, when it has one."""
@@ -247,21 +280,44 @@ class Membership:
 
     def _report(self) -> None:
         """Report the last committed update to the driver, whose answer says what it wants."""
+        lost_since: float | None = None
         while True:
             self._news.wait(REPORT_SECONDS)
             self._news.clear()
-            if not self._in_world:
-                continue
-            generation, update = self.generation, self._committed.get("update", 0)
+            connecting, generation = self._connecting, self.generation
+            if not connecting:
+                lost_since = None
+                if not self._in_world:
+                    continue
+            # -1: what a worker brings into a world is no progress
+            update = self._committed.get("update", -1) if self._in_world else -1
             try:
                 wanted = self._link.ask({"generation": generation, "update": update})
             except OSError:  # the driver is gone: save while there is time
                 wanted = {"regroup": False, "stop": True, "lost": False}
+            if connecting and wanted.get("lost"):
+                lost_since = lost_since or time.monotonic()
+                with self._leaving:
+                    hangs = self._connecting and generation == self.generation
+                if hangs and time.monotonic() > lost_since + CONNECT_SECONDS:
+                    self._restart()
+                continue
             with self._leaving:
                 if self._in_world and generation == self.generation and "leave" not in wanted:
                     self._wanted = wanted
                     if wanted["lost"]:
                         comm.disconnect()
+
+
+def _handed_over() -> dict[str, Any]:
+    """The committed state that this program had before it restarted, if it did."""
+    number = os.environ.pop(STATE, None)
+    if number is None:
+        return {}
+    with os.fdopen(int(number), "rb") as file:
+        file.seek(0)
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
 
 
 def _nothing() -> None:

@@ -4,7 +4,8 @@ Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's 
 samples of the stream went into them as DALI was given them; and which updates it saw committed.
 $HVD_LBT_TEST_PAUSE seconds are slept in each update; with "target" an update waits until the world has
 the size that the run asks for, or is about to change, however slow the machine. $HVD_LBT_TEST_DIE:
-"evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a file has its name, once.
+"evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a file has its name, "joining"
+rank 1 before it connects to the others, "connecting" after it has published where; each once.
 """
 
 import json
@@ -119,6 +120,19 @@ def write_down(folder: Path, pause: str) -> None:
         die_once("checkpoint")
         write(*args)
 
+    def dying_init(*args, **kwargs):
+        if os.environ["HOROVOD_RANK"] == "1":
+            die_once("joining")
+        return begin(*args, **kwargs)
+
+    def dying_forward(self, method, key, body):
+        answer = forward(self, method, key, body)
+        if method == "PUT" and key == "global/1":
+            die_once("connecting")
+        return answer
+
+    begin, forward = elastic.comm.init, elastic.Relay._forward
+    elastic.comm.init, elastic.Relay._forward = dying_init, dying_forward
     evaluate, write = train.evaluate, checkpoint._replace_pair
     train.evaluate, checkpoint._replace_pair = dying_evaluate, dying_write
     samples.TrainSamples.__init__ = noted_samples

@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from trainings import train
+
+from hvd_lbt.recipe import load_recipe
+from hvd_lbt.schedule.plan import make_plan
 
 PROGRAM = Path(__file__).with_name("elastic_ranks.py")
 
@@ -19,12 +24,19 @@ class Elastic:
     """A training under `hvd_lbt elastic`, its hosts file, and the workers' own notes."""
 
     def __init__(
-        self, folder: Path, *settings: str, slots: int, maximum: int, pause: str, die: str = ""
+        self,
+        folder: Path,
+        *settings: str,
+        slots: int,
+        maximum: int,
+        pause: str,
+        die: str = "",
+        resume: bool = False,
     ):
         self.out, self.notes, self.hosts = folder / "run", folder / "notes", folder / "hosts"
         self.notes.mkdir()
         self.offer(slots)
-        words = train(*settings, out=self.out)[2:]  # without `-m hvd_lbt`
+        words = train(*settings, out=self.out, resume=resume)[2:]  # without `-m hvd_lbt`
         options = ["--max-workers", str(maximum), "--network-interface", "lo"]
         options += ["--discover", f"cat {self.hosts}", "--patience", "200"]
         self.output = (folder / "output").open("w+")
@@ -112,3 +124,44 @@ def kept(out: Path) -> list[dict]:
         elif line["event"] == "update":
             updates.append(line)
     return updates
+
+
+def samples_used(lines: list[dict], samples: int) -> dict[int, Counter]:
+    """epoch → how often each sample was used, by the updates that count."""
+    counted: dict[int, int] = {}
+    sent: dict[tuple[int, int], dict[int, dict]] = defaultdict(dict)
+    for line in lines:
+        if "committed" in line:
+            counted[line["update"]] = max(counted.get(line["update"], line["generation"]), line["generation"])
+        elif "samples" in line:
+            sent[line["update"], line["generation"]][line["rank"]] = line
+    used: dict[int, Counter] = defaultdict(Counter)
+    for update, generation in counted.items():
+        parts = sent[update, generation]
+        size = next(iter(parts.values()))["size"]
+        assert sorted(parts) == list(range(size)), f"update {update}: notes of ranks {sorted(parts)}"
+        for part in parts.values():
+            for first, indices in part["samples"]:
+                for place, index in enumerate(indices, start=first):
+                    used[place // samples][index] += 1
+    return used
+
+
+def check_whole(
+    run: Elastic, settings: tuple[str, ...], before: Sequence[dict] = ()
+) -> None:
+    """Each sample once an epoch, each update once in the metrics, as planned.
+
+    before: the notes of the workers of the run that this one has resumed.
+    """
+    plan = make_plan(load_recipe("digits", settings).schedule, 1437)
+    lines = [*before, *run.lines()]
+    counted = {line["update"] for line in lines if "committed" in line}
+    assert counted == set(range(plan.updates))
+    used = samples_used(lines, plan.train_samples)
+    assert set(used) == {0, 1}
+    for epoch, counter in used.items():
+        assert counter == Counter(range(plan.train_samples)), f"epoch {epoch}"
+    for update in kept(run.out):
+        planned = plan.at(update["update"])
+        assert (update["global_batch"], update["lr"]) == (planned.global_batch, planned.lr)

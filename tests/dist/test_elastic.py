@@ -10,10 +10,12 @@ import random
 import signal
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from elastic_runs import Elastic, kept
+from elastic_runs import Elastic, check_whole, kept
 from launching import run_ranks
 from trainings import EXACT, ROUNDING, difference, events, last_state, train
 
@@ -21,8 +23,6 @@ from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
 
 KILLS = int(os.environ.get("HVD_LBT_TEST_KILLS", "3"))
-
-
 
 
 @pytest.fixture
@@ -39,44 +39,6 @@ def elastic(tmp_path):
     for one in begun:
         one.kill_all()
         one.output.close()
-
-
-def samples_used(lines: list[dict], samples: int) -> dict[int, Counter]:
-    """epoch → how often each sample was used, by the updates that count."""
-    counted: dict[int, int] = {}
-    sent: dict[tuple[int, int], dict[int, dict]] = defaultdict(dict)
-    for line in lines:
-        if "committed" in line:
-            counted[line["update"]] = max(counted.get(line["update"], 0), line["generation"])
-        elif "samples" in line:
-            sent[line["update"], line["generation"]][line["rank"]] = line
-    used: dict[int, Counter] = defaultdict(Counter)
-    for update, generation in counted.items():
-        parts = sent[update, generation]
-        size = next(iter(parts.values()))["size"]
-        assert sorted(parts) == list(range(size)), f"update {update}: notes of ranks {sorted(parts)}"
-        for part in parts.values():
-            for first, indices in part["samples"]:
-                for place, index in enumerate(indices, start=first):
-                    used[place // samples][index] += 1
-    return used
-
-
-def check_whole(run: Elastic, settings: tuple[str, ...]) -> None:
-    """Each sample once an epoch, each update once in the metrics, as planned."""
-    plan = make_plan(load_recipe("digits", settings).schedule, 1437)
-    lines = run.lines()
-    counted = {line["update"] for line in lines if "committed" in line}
-    assert counted == set(range(plan.updates))
-    used = samples_used(lines, plan.train_samples)
-    assert set(used) == {0, 1}
-    for epoch, counter in used.items():
-        assert counter == Counter(range(plan.train_samples)), f"epoch {epoch}"
-    for update in kept(run.out):
-        planned = plan.at(update["update"])
-        assert (update["global_batch"], update["lr"]) == (planned.global_batch, planned.lr)
-
-
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +95,21 @@ def test_losses_in_an_evaluation_and_in_a_checkpoint_then_of_the_driver(elastic,
     assert end["update"] > run.committed()  # nothing that was committed is lost
     ranks(1, *train(*EXACT, out=run.out, resume=True, smooth=True))
     assert [line["update"] for line in kept(run.out)] == list(range(80))
+    assert difference(fixed, run.out) < ROUNDING
+
+
+def test_losses_while_the_ranks_connect_cost_no_update(elastic, fixed):
+    """One dies before it connects and one while it does; rank 0 alone has the state of training."""
+    run = elastic(*EXACT, slots=1, maximum=2, pause="0.3", die="joining connecting")
+    run.until(lambda: run.committed() >= 2, "training")
+    run.offer(2)
+    run.until(lambda: run.size() == 2, "two workers")
+    assert {file.name for file in run.notes.iterdir()} > {"joining", "connecting"}
+    assert run.end(600) == 0, run.said()
+    happened = [json.loads(line) for line in (run.out / "elastic.jsonl").read_text().splitlines()]
+    assert [event["restarts"] for event in happened if "restarts" in event] == ["localhost:0"] * 2
+    assert [line["update"] for line in events(run.out, "update")] == list(range(80))  # none twice
+    check_whole(run, EXACT)
     assert difference(fixed, run.out) < ROUNDING
 
 

@@ -3,12 +3,16 @@
 import json
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from kill_campaign import killed_and_resumed, state_hash
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "campaigns"))
+
+from kill_ranks import killed_and_resumed, state_hash
 from launching import run_ranks
 
 from hvd_lbt import checkpoint

@@ -356,3 +356,51 @@ def test_a_worker_that_cannot_be_started_is_tried_again_later():
     for _ in range(600):
         stage.tick(0.1)
     assert 3 < len(tries) < 8
+
+
+def test_a_worker_that_restarts_is_no_loss_of_its_own_and_the_others_wait_for_it():
+    stage = Stage(1, 3, HERE[:2])
+    stage.all_ask()
+    first, second = (stage.name("here", number) for number in range(2))
+    stage.processes[second].code = -9  # while both connect
+    stage.tick()
+    assert stage.commit(first, 1, -1)["lost"]
+    assert stage.driver.report(first, {"generation": 1, "restarts": True}) == {}
+    stage.tick(80)  # longer than a worker may be silent: it is loading
+    third = stage.name("here", 1)
+    stage.ask(third)
+    stage.tick()
+    assert stage.ask(third) == {"wait": True}  # the state is with the first
+    stage.ask(first, 1)
+    stage.tick()
+    assert stage.ask(first, 1)["rank"] == 0
+    assert not stage.commit(first, 2, -1)["lost"]
+
+
+def test_a_restart_that_the_driver_did_not_expect_ends_the_world_of_the_others():
+    stage = Stage(1, 3, HERE[:2])
+    stage.all_ask()
+    first, second = (stage.name("here", number) for number in range(2))
+    assert not stage.commit(second, 1, -1)["lost"]
+    stage.driver.report(first, {"generation": 1, "restarts": True})
+    assert stage.commit(second, 1, -1)["lost"]
+    for generation in (1, 2):  # an older world's restart says nothing of the present one
+        for name in (first, second):
+            stage.ask(name, 1)
+        stage.tick()
+        stage.driver.report(second, {"generation": 0, "restarts": True})
+        assert not stage.commit(first, 2, -1)["lost"], generation
+
+
+def test_what_workers_bring_into_a_world_is_no_progress():
+    stage = Stage(1, 3, HERE[:1])
+    stage.all_ask()
+    name = stage.name("here", 0)
+    stage.processes[name].code = -9
+    stage.tick()
+    stage.all_ask()
+    name = stage.name("here", 0)
+    stage.commit(name, 2, -1)
+    assert not any("again" in event for event in stage.told)
+    stage.commit(name, 2, 1)
+    assert "again" in stage.told[-1]
