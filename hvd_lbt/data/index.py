@@ -46,6 +46,7 @@ SCANNERS = 16  # folders or shards read at the same time: their disks' latency i
 # Data that changed so shortly before the index was made may have changed again within one tick of
 # its clock (1 s on some network storage): that index is not trusted a second time.
 TICK = 2.0
+FUTURE = 60.0  # seconds: more is no clock that is a little ahead, but a wrong one
 
 
 class Names:
@@ -162,7 +163,11 @@ def _load(file: Path, source: Source, asked: float) -> tuple[Index | None, str]:
         return None, f"{file} is damaged ({error})"
     if about["fingerprint"] != source.fingerprint():
         return None, f"the data changed since {file} was made"
-    if about["begun"] < asked and about["begun"] < _newest(source, 1) + TICK:
+    # A future mtime was set by someone, and the ctime says when; where both lie in the future, the
+    # storage's clock is wrong, and times that did not move must do.
+    changed = max(min(stats[1:]) for stats in source.stats) / 1e9
+    young = about["begun"] < changed + TICK and changed < asked + FUTURE
+    if about["begun"] < asked and young:
         return None, f"the data changed while {file} was made"
     findings = Findings.of_json(about["findings"])
     findings.merge(source.findings)

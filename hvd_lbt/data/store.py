@@ -8,15 +8,18 @@ import errno
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from hvd_lbt.data.class_names import CLASSES_FILE, read_classes
 from hvd_lbt.data.digits import write_digits
-from hvd_lbt.data.formats import join_recordio
+from hvd_lbt.data.formats import SplitError, join_recordio
 from hvd_lbt.data.index import Index, open_index
 from hvd_lbt.data.pixels import Encoded, encoded
+from hvd_lbt.data.raw_layouts import raw_layout
 from hvd_lbt.data.reading import bounded, open_regular, read_regular
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, SampleError, UserError
@@ -183,8 +186,9 @@ def open_train_split(
     data: Path, classes_file: str | Path | None = None, timeout: float = TIMEOUT
 ) -> Store:
     """The training split; its classes are the data set's."""
-    index = open_index(data, "train", timeout)
-    return Store(index, named=_named(data, classes_file, timeout, index.token_names))
+    with _raw_layout_named(data):
+        index = open_index(data, "train", timeout)
+        return Store(index, named=_named(data, classes_file, timeout, index.token_names))
 
 
 def open_test_split(
@@ -194,8 +198,25 @@ def open_test_split(
     timeout: float = TIMEOUT,
 ) -> Store:
     """The test split (DATA/test, or DATA/val where there is none) with the training's classes."""
-    index = open_index(data, "test", timeout)
-    return Store(index, classes, _named(data, classes_file, timeout, index.token_names, classes))
+    with _raw_layout_named(data):
+        index = open_index(data, "test", timeout)
+        named = _named(data, classes_file, timeout, index.token_names, classes)
+        return Store(index, classes, named)
+
+
+@contextmanager
+def _raw_layout_named(data: Path) -> Iterator[None]:
+    """Add what DATA is to the error of a data set that cannot be opened as it was downloaded."""
+    try:
+        yield
+    except ReadError:  # the storage failed
+        raise
+    except UserError as error:
+        if what := raw_layout(data):
+            if isinstance(error, SplitError):
+                error.findings.errors.append(what)
+            error.args = (f"{error} {what}",)
+        raise
 
 
 def _named(
