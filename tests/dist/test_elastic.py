@@ -9,9 +9,6 @@ import os
 import random
 import signal
 import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,9 +103,9 @@ def test_losses_while_the_ranks_connect_cost_no_update(elastic, fixed):
     run.until(lambda: run.size() == 2, "two workers")
     assert {file.name for file in run.notes.iterdir()} > {"joining", "connecting"}
     assert run.end(600) == 0, run.said()
+    assert [line["update"] for line in events(run.out, "update")] == list(range(80))  # none twice
     happened = [json.loads(line) for line in (run.out / "elastic.jsonl").read_text().splitlines()]
     assert [event["restarts"] for event in happened if "restarts" in event] == ["localhost:0"] * 2
-    assert [line["update"] for line in events(run.out, "update")] == list(range(80))  # none twice
     check_whole(run, EXACT)
     assert difference(fixed, run.out) < ROUNDING
 
