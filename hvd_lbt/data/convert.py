@@ -176,7 +176,9 @@ def _write_split(shards: "Shards", store: Store, folder: Path, per_shard: int, j
 
 
 def _stamps(store: Store, jobs: int) -> NDArray[np.int64]:
-    """Size, mtime and ctime (ns) of each of the index's files; -1 for one that cannot be looked at."""
+    """Size, mtime and ctime (ns) of each of the index's files; -1 for one that cannot be looked
+    at.
+    """
     folder = os.fsencode(store.index.root) + b"/"
     files = store.index.files
 
@@ -264,13 +266,15 @@ def _same(before: object, about: dict, key: str) -> bool:
 
 def _damaged(file: Path, why: object) -> UserError:
     return UserError(
-        f"{file} is damaged ({why}), so what {file.parent} holds is not known. Empty the folder and "
-        "start the same command again, or choose another folder."
+        f"{file} is damaged ({why}), so what {file.parent} holds is not known. Empty the folder "
+        "and start the same command again, or choose another folder."
     )
 
 
 class Shards:
-    """The shards of one split in `folder`; stamps: of the source's files, as `_stamps` gives them."""
+    """The shards of one split in `folder`; stamps: of the source's files, as `_stamps` gives
+    them.
+    """
 
     def __init__(
         self, store: Store, folder: Path, split: str, form: str, stamps: NDArray[np.int64]

@@ -1,4 +1,5 @@
-"""Which samples a split has, in order: built once, kept in a file, built anew when the data changed.
+"""Which samples a split has, in order: built once, kept in a file, built anew when the data
+changed.
 
 The order is that of the samples' labels 0 … N − 1 of every run: of a folder, sorted by class name,
 then file name (as bytes); of shards, sorted by the shards' names, then as they lie in the shard. A
@@ -120,7 +121,9 @@ def open_index(data: Path, split: str, timeout: float) -> Index:
 def _look(
     data: Path, split: str, asked: list[Path]
 ) -> tuple[Source, float, Path, Index | None, str]:
-    """What is there: the source, when that was seen, the index's file, and what `_load` says of it."""
+    """What is there: the source, when that was seen, the index's file, and what `_load` says of
+    it.
+    """
     source = find_source(data, split, asked)
     began = time.time()
     file = _index_file(data, split)

@@ -106,8 +106,8 @@ def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
     if len(kinds) > 1:
         listed = ", ".join(f"{kind} ({its[0].name})" for kind, its in sorted(kinds.items()))
         raise UserError(
-            f"{where} is ambiguous, it has {listed}. One split is either class folders or shards of "
-            "one format: give each format a folder of its own."
+            f"{where} is ambiguous, it has {listed}. One split is either class folders or shards "
+            "of one format: give each format a folder of its own."
         )
     if not kinds:
         raise UserError(_nothing(data, where, seen, asked, named=bool(named)))
@@ -273,8 +273,8 @@ def _compare_names(root: Path, split: str, seen: _Seen, *, named: bool) -> None:
         said = set(_says(entry.name, all_said))
         if said & others and (said & own or named):
             seen.findings.errors.append(
-                f"{printable(entry.path)} is called after {' and '.join(sorted(said))}, and it would "
-                f"be taken for {split}: rename it, or put it into a folder train or test."
+                f"{printable(entry.path)} is called after {' and '.join(sorted(said))}, and it "
+                f"would be taken for {split}: rename it, or put it into a folder train or test."
             )
         if (match := NUMBERED.match(entry.name)) and len(match[3]) < 7:
             counts.setdefault((match[1], match[4]), {}).setdefault(match[3], set()).add(

@@ -34,10 +34,10 @@ FILES_OWN = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 class Store:
     """The samples of one split, in the index's order.
 
-    classes: the names that give labels 0, 1, …; None takes `named`, or else those found here, sorted
-    (numbers as numbers). The test split is given the training split's. named: the names in the data
-    set's classes file, which shards' numbers stand for. labels: int64 (n,). Raises UserError for a
-    class that is not in `classes`.
+    classes: the names that give labels 0, 1, …; None takes `named`, or else those found here,
+    sorted (numbers as numbers). The test split is given the training split's. named: the names in
+    the data set's classes file, which shards' numbers stand for. labels: int64 (n,). Raises
+    UserError for a class that is not in `classes`.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Store:
                 + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
                 + f", which is not among the {len(classes)} classes of the training images, "
                 f"{', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''}. "
-                f"Both splits must use the same class names, those of {CLASSES_FILE} where there is one."
+                f"Both splits must use the same class names, those of {CLASSES_FILE} where there "
+                "is one."
             )
         table = np.array([label_of[name] for name in found], dtype=np.int64)
         self.labels = table[index.tokens]
@@ -88,7 +89,8 @@ class Store:
     def read(self, index: int) -> bytes:
         """The encoded bytes of sample `index`, as they are.
 
-        Raises SampleError for a file that is there and cannot be read, ReadError if the storage fails.
+        Raises SampleError for a file that is there and cannot be read, ReadError if the storage
+        fails.
         """
         try:
             if self.index.extents is None:
@@ -176,7 +178,8 @@ def open_splits(
 ) -> tuple[Store, Store]:
     """The training and test splits of `data`, whatever their format.
 
-    classes_file: one class name a line; the n-th line's has label n, from 0. None: DATA/classes.txt, if there is one.
+    classes_file: one class name a line; the n-th line's has label n, from 0. None:
+    DATA/classes.txt, if there is one.
     """
     train = open_train_split(data, classes_file, timeout)
     return train, open_test_split(data, train.classes, classes_file, timeout)

@@ -1,11 +1,13 @@
-"""`python elastic_ranks.py …` is `hvd_lbt …` without kinks (smooth.py) that writes down its samples.
+"""`python elastic_ranks.py …` is `hvd_lbt …` without kinks (smooth.py) that writes down its
+samples.
 
-Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's last gradients, which
-samples of the stream went into them as DALI was given them; and which updates it saw committed.
-$HVD_LBT_TEST_PAUSE seconds are slept in each update; with "target" an update waits until the world has
-the size that the run asks for, or is about to change, however slow the machine. $HVD_LBT_TEST_DIE:
-"evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a file has its name, "joining"
-rank 1 before it connects to the others, "connecting" after it has published where; each once.
+Each worker appends to $HVD_LBT_TEST_LOG/PID.jsonl: before it sends an update's last gradients,
+which samples of the stream went into them as DALI was given them; and which updates it saw
+committed. $HVD_LBT_TEST_PAUSE seconds are slept in each update; with "target" an update waits until
+the world has the size that the run asks for, or is about to change, however slow the machine.
+$HVD_LBT_TEST_DIE: "evaluation" kills rank 1 in its first evaluation, "checkpoint" rank 0 before a
+file has its name, "joining" rank 1 before it connects to the others, "connecting" after it has
+published where; each once.
 """
 
 import json
@@ -143,7 +145,5 @@ def write_down(folder: Path, pause: str) -> None:
 
 
 if sys.argv[1] == "train":
-    write_down(
-        Path(os.environ["HVD_LBT_TEST_LOG"]), os.environ["HVD_LBT_TEST_PAUSE"]
-    )
+    write_down(Path(os.environ["HVD_LBT_TEST_LOG"]), os.environ["HVD_LBT_TEST_PAUSE"])
 sys.exit(main())

@@ -132,14 +132,18 @@ def samples_used(lines: list[dict], samples: int) -> dict[int, Counter]:
     sent: dict[tuple[int, int], dict[int, dict]] = defaultdict(dict)
     for line in lines:
         if "committed" in line:
-            counted[line["update"]] = max(counted.get(line["update"], line["generation"]), line["generation"])
+            counted[line["update"]] = max(
+                counted.get(line["update"], line["generation"]), line["generation"]
+            )
         elif "samples" in line:
             sent[line["update"], line["generation"]][line["rank"]] = line
     used: dict[int, Counter] = defaultdict(Counter)
     for update, generation in counted.items():
         parts = sent[update, generation]
         size = next(iter(parts.values()))["size"]
-        assert sorted(parts) == list(range(size)), f"update {update}: notes of ranks {sorted(parts)}"
+        assert sorted(parts) == list(range(size)), (
+            f"update {update}: notes of ranks {sorted(parts)}"
+        )
         for part in parts.values():
             for first, indices in part["samples"]:
                 for place, index in enumerate(indices, start=first):
@@ -147,9 +151,7 @@ def samples_used(lines: list[dict], samples: int) -> dict[int, Counter]:
     return used
 
 
-def check_whole(
-    run: Elastic, settings: tuple[str, ...], before: Sequence[dict] = ()
-) -> None:
+def check_whole(run: Elastic, settings: tuple[str, ...], before: Sequence[dict] = ()) -> None:
     """Each sample once an epoch, each update once in the metrics, as planned.
 
     before: the notes of the workers of the run that this one has resumed.

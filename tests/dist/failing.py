@@ -1,4 +1,5 @@
-"""`python failing.py HOW train …` is `hvd_lbt train …` that fails in rank 1's (or the only one's) third backward.
+"""`python failing.py HOW train …` is `hvd_lbt train …` that fails in rank 1's (or the only one's)
+third backward.
 
 HOW: raise · hang (Python waits, Horovod's thread lives) · freeze (the whole process) · die · crash.
 """

@@ -70,7 +70,8 @@ def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
 def begin(
     ranks: int, *words: str | Path, timeout: float = 300, launcher: str | None = None
 ) -> Launch:
-    """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in launch/.
+    """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in
+    launch/.
 
     launcher: the script, or another launcher's words up to the number of ranks.
     """

@@ -1,4 +1,6 @@
-"""`python own_data.py train … --data DATA` is `hvd_lbt train …` with DATA/RANK: a copy on each node."""
+"""`python own_data.py train … --data DATA` is `hvd_lbt train …` with DATA/RANK: a copy on each
+node.
+"""
 
 import os
 import sys

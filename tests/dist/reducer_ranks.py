@@ -84,7 +84,11 @@ def train(model, optimizer, reducer, *, micro_batches, spoil=lambda update, loss
     checksums = []
     for update in range(UPDATES):
         images, labels = (t[mine] for t in samples(update))
-        parts = [] if len(images) == 0 else list(zip(images.chunk(micro_batches), labels.chunk(micro_batches)))
+        parts = (
+            []
+            if len(images) == 0
+            else list(zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
+        )
         for index, (image, label) in enumerate(parts):
             loss = F.cross_entropy(model(image), label, reduction="sum") / SAMPLES
             reducer.backward(spoil(update, loss), last=index == len(parts) - 1)

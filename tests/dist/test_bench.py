@@ -13,7 +13,11 @@ INPUT = ("--recipe", "cifar10_small", "--batches", "1", "--micro-batch", "8", "-
 @pytest.mark.parametrize(
     ("ranks", "words", "cases"),
     [
-        (1, ("optimizer", *MODEL, "--threads", "1"), {"update, fp16 gradients", "unpack from fp16"}),
+        (
+            1,
+            ("optimizer", *MODEL, "--threads", "1"),
+            {"update, fp16 gradients", "unpack from fp16"},
+        ),
         (1, ("checkpoint", *MODEL), {"copy", "compare", "write"}),
         (2, ("allreduce", "--largest-mb", "0.02"), {"allreduce fp16", "allreduce fp32"}),
         (

@@ -1,4 +1,6 @@
-"""A rank that fails ends the others soon, and the first failure is told first; signals end runs as told."""
+"""A rank that fails ends the others soon, and the first failure is told first; signals end runs as
+told.
+"""
 
 import os
 import re

@@ -1,6 +1,5 @@
 """Two nodes that reach each other by ssh only, with network and host names of their own."""
 
-
 from launching import ROOT
 from trainings import SMALL, events, last_state, train
 from two_nodes import on_two_nodes
@@ -21,9 +20,7 @@ def test_an_elastic_worker_on_another_node_gets_its_key_by_ssh(tmp_path):
     out = tmp_path / "run"
     shell = tmp_path / "shell"
     words = tmp_path / "words"
-    shell.write_text(
-        f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{words}\nexec ssh -p 2222 "$@"\n'
-    )
+    shell.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{words}\nexec ssh -p 2222 "$@"\n')
     shell.chmod(0o755)
     launch = [ROOT / "launch/elastic", "2", "2", "--network-interface", "net0"]
     launch += ["--discover", "echo node1:1; echo node2:1", "--remote-shell", str(shell)]

@@ -40,4 +40,6 @@ def test_other_copies_of_the_data_are_refused_by_name(start, tmp_path):
     words[words.index("--data") + 1] = tmp_path / "1"
     ended = start(1, "-m", "hvd_lbt", *words, "--resume").wait()
     assert ended.code != 0
-    assert "was trained on other data: train: the labels, the files are not the same" in ended.output
+    assert (
+        "was trained on other data: train: the labels, the files are not the same" in ended.output
+    )

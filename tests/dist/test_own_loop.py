@@ -38,9 +38,7 @@ def test_resumed_in_the_middle_it_has_the_same_bits(results, ranks):
     for key, state in whole["optimizer"]["state"].items():
         momentum = resumed["optimizer"]["state"][key]["momentum_buffer"]
         assert torch.equal(state["momentum_buffer"], momentum)
-    assert torch.equal(
-        whole["gradient_noise"]["averages"], resumed["gradient_noise"]["averages"]
-    )
+    assert torch.equal(whole["gradient_noise"]["averages"], resumed["gradient_noise"]["averages"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -48,7 +48,11 @@ def largest_difference(weights, reference) -> float:
 
 # Weights and summed gradients are of order 1; an update adds at most EPS·(a few) of rounding, and
 # an error of the gradient e moves the weights by lr·e/(1-m) = e in the end.
-BOUNDS = {"fp32": 100 * UPDATES * EPS, "fp16": UPDATES * 2.0**-11 * 0.1, "bf16": UPDATES * 2.0**-8 * 0.1}
+BOUNDS = {
+    "fp32": 100 * UPDATES * EPS,
+    "fp16": UPDATES * 2.0**-11 * 0.1,
+    "bf16": UPDATES * 2.0**-8 * 0.1,
+}
 
 
 @pytest.mark.parametrize("size", SHARES)

@@ -72,7 +72,8 @@ def begin(controller: str, where: str) -> Launch:
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_a_rank_frozen_anywhere_ends_the_others_with_74(controller):
-    # Under Gloo the ranks' last meeting is the barrier; a rank frozen later keeps its launcher only.
+    # Under Gloo the ranks' last meeting is the barrier; a rank frozen later keeps its launcher
+    # only.
     places = [where for where in WHERE if (controller, where) != ("gloo", "shutdown")]
     # They wait more than they work: all at once.
     launches = [begin(controller, where) for where in places]

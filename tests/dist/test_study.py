@@ -80,7 +80,9 @@ def test_a_study_trains_what_is_missing_and_makes_one_report(tmp_path, capfd):
     assert again == sentence  # the same numbers from the same seeds
 
     other = replace(STUDY, arms=(arm("small_batch", "schedule.lr=0.3"), STUDY.arms[1]))
-    with pytest.raises(UserError, match=r"small_batch-0 was trained with other settings: schedule.lr"):
+    with pytest.raises(
+        UserError, match=r"small_batch-0 was trained with other settings: schedule.lr"
+    ):
         run_study(other, tmp_path, data=None, jobs=1, launcher=[])
 
 
@@ -88,7 +90,10 @@ def test_a_signal_stops_the_study_and_the_trainings_are_saved(tmp_path):
     words = [sys.executable, "-m", "hvd_lbt", "study", "fewer_updates", "--out", str(tmp_path)]
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     process = subprocess.Popen(
-        [*words, "--jobs", "1"], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*words, "--jobs", "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     signal.signal(signal.SIGINT, ignored)
     run = tmp_path / "fewer_updates/decay_lr-0"

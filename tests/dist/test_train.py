@@ -20,7 +20,8 @@ def digits() -> Path:
 
 
 def test_one_two_and_three_ranks_train_the_same_network(ranks, tmp_path):
-    # micro-batches of one ghost batch: the noise of the gradient is then told by the same parts, too
+    # micro-batches of one ghost batch: the noise of the gradient is then told by the same parts,
+    # too
     settings = (*EXACT, "layout.micro_batch=16", "run.noise_every=2")
     for number in (1, 2, 3):
         ranks(number, *train(*settings, out=tmp_path / str(number), smooth=True))
