@@ -390,8 +390,9 @@ def abort(code: int) -> None:
     """End all ranks at once with this exit code; call it after the reason has been printed."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if hvd.size() == 1:
-        hvd.shutdown()  # there is no other rank, and MPI_Abort prints eight lines below the reason
+    if hvd.size() == 1:  # MPI_Abort would print eight lines below the reason
+        with _WaitingFor("the shutdown of all ranks"):
+            hvd.shutdown()
         if not _GLOO:
             _end_mpi()
     elif not _GLOO:
