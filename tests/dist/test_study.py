@@ -108,6 +108,6 @@ def test_a_signal_stops_the_study_and_the_trainings_are_saved(tmp_path):
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75, told
-    assert "Stopped. The same command goes on from here." in told
+    assert "Stopped. The same command continues from here." in told
     assert list((run / "checkpoints").glob("*.pt"))
     assert '"reason": "stopped"' in (run / "metrics.jsonl").read_text()
