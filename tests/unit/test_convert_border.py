@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from data_sets import encoded, write_folder
+from small_disk import small_disk
 
 from hvd_lbt import terminal
 from hvd_lbt.cli import main
@@ -19,19 +19,6 @@ from hvd_lbt.data.store import Store, open_train_split
 from hvd_lbt.errors import UserError
 
 SETTINGS = {"form": "webdataset", "samples_per_shard": 5}
-
-
-@contextmanager
-def small_disk(folder: Path, size: str):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

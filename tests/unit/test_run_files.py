@@ -4,11 +4,11 @@ import errno
 import json
 import os
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from small_disk import small_disk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvd_lbt import append_file
@@ -21,19 +21,6 @@ from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.world import World
 
 RECIPE = load_recipe("digits")
-
-
-@contextmanager
-def small_disk(folder: Path, size: str):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs the right to mount one: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def grow(folder: Path, size: str) -> None:
