@@ -2,10 +2,8 @@
 line.
 """
 
-import os
-import socket
-
 import pytest
+from odd_files import make_fifo, make_folder, make_socket
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.errors import UserError
@@ -102,19 +100,6 @@ def test_numbers_that_yaml_versions_read_differently_are_refused(override):
         load_recipe("digits", [override])
 
 
-def _fifo(path):
-    os.mkfifo(path)
-
-
-def _folder(path):
-    path.mkdir()
-
-
-def _socket(path):
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
-
-
 def _device(path):
     path.symlink_to("/dev/zero")
 
@@ -139,9 +124,9 @@ def _loop(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_fifo, "it is a FIFO, and must be a regular file"),
-        (_folder, "it is a folder, and must be a regular file"),
-        (_socket, "it is a socket, and must be a regular file"),
+        (make_fifo, "it is a FIFO, and must be a regular file"),
+        (make_folder, "it is a folder, and must be a regular file"),
+        (make_socket, "it is a socket, and must be a regular file"),
         (_device, "it is a device, and must be a regular file"),
         (_large, "the file is larger than 64 KiB"),
         (_latin, "line 2: byte 0xe9 is not UTF-8"),

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import random
-import socket
 
 import pytest
+from odd_files import make_fifo, make_folder, make_socket
 from written_runs import write_run
 
 from hvd_lbt.cli import main
@@ -145,19 +145,6 @@ def test_updates_with_several_lines_are_counted(run):
     assert "2 updates have several lines" in notes(run)
 
 
-def _fifo(path):
-    os.mkfifo(path)
-
-
-def _folder(path):
-    path.mkdir()
-
-
-def _socket(path):
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
-
-
 def _loop(path):
     path.symlink_to(path)
 
@@ -166,7 +153,7 @@ def _gone(path):
     path.symlink_to(path.with_name("nowhere"))
 
 
-@pytest.mark.parametrize("make", [_fifo, _folder, _socket, _loop, _gone])
+@pytest.mark.parametrize("make", [make_fifo, make_folder, make_socket, _loop, _gone])
 def test_what_is_no_file_is_named(tmp_path, monkeypatch, make, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
