@@ -18,7 +18,7 @@ TOP = "hvd_lbt.__init__"
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
     {"errors", "world", "data.order", "data.crops", "ops", "stop", "wire_scale"},
-    {"run_lock", "launcher", "append_file"},
+    {"run_lock", "launcher", "append_file", "own"},
     {"schedule", "plain_yaml"},
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
