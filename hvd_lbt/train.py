@@ -17,7 +17,7 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError
 from hvd_lbt.evaluate import evaluate, local_device
-from hvd_lbt.metrics import RunLog
+from hvd_lbt.log.run_log import RunLog
 from hvd_lbt.models import check_one_sample
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.run_lock import RunLock, own_run

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hvd_lbt.arguments import count
 from hvd_lbt.errors import UserError
-from hvd_lbt.metrics import revision, versions
+from hvd_lbt.log.provenance import revision, versions
 from hvd_lbt.recipe import ModelRecipe
 from hvd_lbt.rounding import five_digits
 

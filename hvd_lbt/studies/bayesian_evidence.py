@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.log.provenance import revision, versions
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
-from hvd_lbt.metrics import revision, versions
 from hvd_lbt.plain_yaml import read_text
 from hvd_lbt.report.pictures import FONTS
 from hvd_lbt.report.runs import COLOURS

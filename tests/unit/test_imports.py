@@ -23,7 +23,7 @@ LAYERS = [
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
     {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table"},
-    {"metrics", "sampler"},
+    {"log", "sampler"},
     {"training"},
     {"elastic"},
     {"evaluate", "export", "elastic.worker"},

@@ -15,7 +15,8 @@ from hvd_lbt import append_file
 from hvd_lbt.append_file import AppendFile
 from hvd_lbt.checkpoint import open_run
 from hvd_lbt.errors import SampleError, UserError
-from hvd_lbt.metrics import EventFile, RunLog
+from hvd_lbt.log.run_log import RunLog
+from hvd_lbt.log.tensorboard import EventFile
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.world import World
@@ -171,7 +172,7 @@ def test_an_output_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(log.console, "print", full)
+    monkeypatch.setattr(log.progress.console, "print", full)
     train(log, range(2))
     log.end("finished", 2)
     assert capsys.readouterr().err.count("standard output cannot be written (No space left") == 1
