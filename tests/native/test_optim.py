@@ -65,7 +65,7 @@ def test_torchs_own_configurations(name):
     assert_same(ours, theirs, 50)
 
 
-@pytest.mark.parametrize("case", optim_error_inputs_func_sgd("cpu", torch.float32), ids=str)
+@pytest.mark.parametrize("case", optim_error_inputs_func_sgd("cpu", torch.float32))
 def test_torchs_own_errors(case):
     bad = case.optimizer_error_input
     parameters = [torch.nn.Parameter(torch.zeros(2))] if bad.params is None else bad.params
