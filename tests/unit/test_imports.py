@@ -20,6 +20,7 @@ LAYERS = [
     {"errors", "world", "data.order", "data.crops", "ops", "stop", "wire_scale"},
     {"run_lock", "launcher", "append_file", "own"},
     {"schedule", "plain_yaml"},
+    {"speed_profile"},
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
     {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table"},
