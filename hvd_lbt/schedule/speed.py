@@ -21,6 +21,10 @@ from typing import Any
 
 from hvd_lbt.errors import UserError
 
+FIXED_UNKNOWN = (
+    "the fixed seconds of an update (update_seconds is not measured), so that what a larger batch "
+    "saves is underestimated"
+)
 LARGEST = 1e18  # of any number of a profile: nothing overflows below it
 
 
@@ -36,31 +40,39 @@ class SpeedError(UserError):
 class Link:
     """The network between workers, as `hvd_lbt bench allreduce` measures it.
 
-    bandwidth: bus bandwidth in bytes/s, which for N members is 2(N−1)/N · bytes / seconds;
-    latency: seconds of each of the 2(N−1) hops of one message.
+    bandwidth: bus bandwidth in bytes/s, which for N members is 2(N−1)/N · bytes / seconds, measured
+    with two members; latency: seconds of each of the 2(N−1) hops of one message; overhead: seconds
+    of a sum over two members or more, whatever its size (negotiation, copies to the host).
+    congestion: κ, with which the bandwidth falls as (2/N)^κ where the members share switches; 0 for
+    a network that gives each member its own, 1/3 on the Amazon EC2 nodes of docs/time.md.
     """
 
     bandwidth: float
     latency: float = 0.0
+    overhead: float = 0.0
+    congestion: float = 0.0
 
     def __post_init__(self) -> None:
         _check("bandwidth", self.bandwidth, above=0)
         _check("latency", self.latency)
+        _check("overhead", self.overhead)
+        _check("congestion", self.congestion, most=1)
 
     def seconds(self, members: int, size: float, messages: int) -> float:
         """Of a ring's sum of `size` bytes in `messages` messages over `members` members."""
         if members < 2:
             return 0.0
         hops = 2 * (members - 1)
-        return hops / members * size / self.bandwidth + hops * messages * self.latency
+        bandwidth = self.bandwidth * (2 / members) ** self.congestion
+        return self.overhead + hops / members * size / bandwidth + hops * messages * self.latency
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedProfile:
     """What was measured of a cluster and a network; None is not measured.
 
-    A YAML file has the same keys, and `within_node` and `between_nodes` as mappings of `bandwidth`
-    and `latency`. Times are seconds, sizes bytes.
+    A YAML file has the same keys; `within_node` and `between_nodes` are mappings with the keys of
+    `Link`. Times are seconds, sizes bytes.
     """
 
     name: str
@@ -69,8 +81,9 @@ class SpeedProfile:
     model: str | None = None
     """The recipe's model.name that was measured."""
     workers_per_node: int
-    update_seconds: float
-    """a: of an update, whatever its samples: the optimizer, the launch of kernels."""
+    update_seconds: float | None
+    """a: of an update, whatever its samples: the optimizer, the launch of kernels. None counts as 0
+    and is said: from one batch size a and b cannot be told apart."""
     micro_batch_seconds: float = 0.0
     """Of each micro-batch, whatever its samples."""
     sample_seconds: Mapping[int, float]
@@ -90,7 +103,8 @@ class SpeedProfile:
 
     def __post_init__(self) -> None:
         _check_whole("workers_per_node", self.workers_per_node)
-        _check("update_seconds", self.update_seconds)
+        if self.update_seconds is not None:
+            _check("update_seconds", self.update_seconds)
         _check("micro_batch_seconds", self.micro_batch_seconds)
         if not isinstance(self.sample_seconds, Mapping) or not self.sample_seconds:
             raise SpeedError(
@@ -131,7 +145,7 @@ class Work:
     """What one update asks of the busiest worker.
 
     samples: of this worker, in `micro_batches` forwards, the last of `last_micro_batch` samples;
-    image_size in pixels.
+    image_size in pixels; nodes: None is as few as the profile's workers_per_node allows.
     """
 
     workers: int
@@ -139,6 +153,7 @@ class Work:
     micro_batches: int
     last_micro_batch: int
     image_size: int
+    nodes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,28 +190,30 @@ class UpdateTime:
 def update_time(profile: SpeedProfile, work: Work) -> UpdateTime:
     """The seconds of one update: compute = a + c·k + b·L, and what of the sum is exposed.
 
-    L samples in k micro-batches on the busiest worker. The sum is a ring within a node, then one
-    between n nodes: 2(r−1)/r · D/β_within + 2(n−1)/n · D/β_between, and a latency for each hop of
-    each message (Patarasuk & Yuan 2009, eq. 1). It starts when the last micro-batch's backward does
-    and hides behind it for overlap · b · (its samples), but never more than hidden_share of it.
+    L samples in k micro-batches on the busiest worker. The sum is a ring of the r workers of a node
+    (Patarasuk & Yuan 2009), then one of the n nodes: each takes 2(n−1)/n · D/β for D bytes, and
+    what `Link` adds. It starts with the last micro-batch's backward and hides behind it for
+    overlap · b · (its samples), but never more than hidden_share of it.
     """
     per_sample = profile.seconds_a_sample(work.image_size)
     compute = (
-        profile.update_seconds
+        (profile.update_seconds or 0.0)
         + profile.micro_batch_seconds * work.micro_batches
         + per_sample * work.samples
     )
-    whole, unknown = _sum_seconds(profile, work.workers)
+    on_node, nodes = _shape(profile, work)
+    whole, unknown = _sum_seconds(profile, on_node, nodes)
     exposed = None
     if whole is not None:
         window = profile.overlap * per_sample * work.last_micro_batch
         exposed = whole - min(window, profile.hidden_share * whole)
     images = None
     if profile.input_images_per_second is not None:
-        on_node = min(work.workers, profile.workers_per_node) * work.samples
-        images = on_node / profile.input_images_per_second
+        images = on_node * work.samples / profile.input_images_per_second
     else:
         unknown = (*unknown, "the input (input_images_per_second is not measured)")
+    if profile.update_seconds is None:
+        unknown = (*unknown, FIXED_UNKNOWN)
     return UpdateTime(
         compute=compute, sum=whole, exposed_sum=exposed, input=images, unknown=unknown
     )
@@ -225,11 +242,19 @@ def fit_line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return (fixed, slope) if fixed >= 0 else (0.0, max(0.0, through_zero))
 
 
-def _sum_seconds(profile: SpeedProfile, workers: int) -> tuple[float | None, tuple[str, ...]]:
-    """The gradients' sum on this many workers, or None and what is not measured."""
-    on_node = min(workers, profile.workers_per_node)
-    nodes = -(-workers // profile.workers_per_node)
-    if workers == 1:
+def _shape(profile: SpeedProfile, work: Work) -> tuple[int, int]:
+    """Workers of the fullest node, and nodes."""
+    nodes = work.nodes or -(-work.workers // profile.workers_per_node)
+    if work.nodes is None:
+        return min(work.workers, profile.workers_per_node), nodes
+    return -(-work.workers // nodes), nodes
+
+
+def _sum_seconds(
+    profile: SpeedProfile, on_node: int, nodes: int
+) -> tuple[float | None, tuple[str, ...]]:
+    """The gradients' sum, or None and what is not measured."""
+    if on_node * nodes == 1:
         return 0.0, ()
     unknown = []
     if profile.gradient_bytes is None:
