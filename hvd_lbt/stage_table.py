@@ -12,6 +12,7 @@ from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.layout import count_ghost_batches, make_layout
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan, Stage, target_workers
+from hvd_lbt.schedule.plan_warnings import plan_warnings
 
 
 def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
@@ -56,8 +57,8 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
 
 
 def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
-    """What the table does not show: idle workers, what is not measured, a smaller last update."""
-    notes = []
+    """What the table does not show: doubts, idle workers, a smaller last update and the like."""
+    notes = plan_warnings([asdict(stage) for stage in plan.stages], plan.train_samples)
     unmeasured = []
     for stage in plan.stages:
         wanted = target_workers(stage, recipe.elastic.local_batch) or workers

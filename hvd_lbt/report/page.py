@@ -9,6 +9,7 @@ import numpy as np
 
 from hvd_lbt.report.pictures import PICTURES
 from hvd_lbt.report.runs import Group, Run
+from hvd_lbt.schedule.plan_warnings import plan_warnings
 from hvd_lbt.stage_table import stage_cells
 from hvd_lbt.terminal import printable
 
@@ -56,7 +57,7 @@ def render(groups: Sequence[Group], pictures: Mapping[str, bytes]) -> str:
             *figures,
             "<h2>Stages</h2>",
             *(
-                _table(f"stages-{place + 1}", _stage_rows(group), group.label)
+                _table(f"stages-{place + 1}", _stage_rows(group), group.label) + _warnings(group)
                 for place, group in enumerate(groups)
             ),
             "<h2>What made these numbers</h2>",
@@ -167,6 +168,13 @@ def _stage_rows(group: Group) -> Rows:
     table: Rows = [list(rows[0])]
     table.extend(list(cells.values()) for cells in rows)
     return table
+
+
+def _warnings(group: Group) -> str:
+    """What is doubtful about the group's plan."""
+    plan = group.runs[0].about["plan"]
+    warnings = plan_warnings(plan["stages"], plan["train_samples"])
+    return "".join(f"<p>{_text(warning)}</p>" for warning in warnings)
 
 
 def _version_rows(runs: Iterable[Run]) -> Rows:

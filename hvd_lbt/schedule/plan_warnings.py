@@ -1,0 +1,48 @@
+"""What is doubtful about a plan, whatever it runs on (pure)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil, log
+from typing import Any
+
+LARGEST_SHARE = 0.1  # of the training set in one batch
+UNSETTLED = 0.05  # of an earlier gradient that is still in the momentum buffer
+
+
+def settling_updates(momentum: float) -> int:
+    """Updates after which 5 % of what the momentum buffer held are left: m^t ≤ 0.05.
+
+    About 3/(1−m): 29 for m = 0.9, 149 for 0.98. The buffer averages over 1/(1−m) updates (Smith et
+    al. 2018, section 3.2), and until it has settled, updates are not as long as lr and m say.
+    """
+    return ceil(log(UNSETTLED) / log(momentum)) if 0 < momentum < 1 else 0
+
+
+def plan_warnings(stages: Sequence[Mapping[str, Any]], train_samples: int) -> list[str]:
+    """One sentence for each kind of doubt; stages: the fields of each `Stage`."""
+    warnings = []
+    bound = LARGEST_SHARE * train_samples
+    large = [stage for stage in stages if stage["global_batch"] > bound]
+    if large:
+        largest = max(stage["global_batch"] for stage in large)
+        warnings.append(
+            f"Warning: the global batch of {_stages(large)} (up to {largest:,}) is above a tenth "
+            f"of the {train_samples:,} training samples: g ≈ εN/(B(1−m)) holds for B ≪ N only, and "
+            "the papers stay below about N/10 (Smith et al. 2018). "
+            f"schedule.max_global_batch: {max(1, int(bound))} keeps to it."
+        )
+    short = [stage for stage in stages if stage["updates"] < settling_updates(stage["momentum"])]
+    if short:
+        settling = sorted({settling_updates(stage["momentum"]) for stage in short})
+        warnings.append(
+            f"Warning: {_stages(short)} {'has' if len(short) == 1 else 'have'} fewer updates than "
+            f"the momentum takes to settle ({' or '.join(map(str, settling[:4]))}, until "
+            f"m^updates ≤ {UNSETTLED:g}): the noise scale is not what the table says all the time."
+        )
+    return warnings
+
+
+def _stages(stages: Iterable[Mapping[str, Any]]) -> str:
+    """`stage 2`, `stages 2, 3`, and at most eight of them."""
+    names = [str(stage["index"] + 1) for stage in stages]
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"stage{'s' if len(names) > 1 else ''} {listed}"
