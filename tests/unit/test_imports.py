@@ -23,7 +23,7 @@ LAYERS = [
     {"speed_profile"},
     {"terminal", "arguments", "rounding"},
     {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
-    {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table"},
+    {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table", "time_table"},
     {"log", "sampler"},
     {"training"},
     {"elastic"},
