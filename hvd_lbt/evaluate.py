@@ -2,8 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +16,12 @@ from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.identity import same_on_all_ranks
+from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_test_split
 from hvd_lbt.data.synthetic import SyntheticStore
-from hvd_lbt.errors import SampleError, UserError
+from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
 from hvd_lbt.models import build_model
+from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
 from hvd_lbt.recipe import DataRecipe
 from hvd_lbt.world import World
 
@@ -32,7 +36,6 @@ class Evaluation:
     samples: int
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     store: Store | SyntheticStore,
@@ -43,38 +46,79 @@ def evaluate(
     allreduce: Callable[[Tensor, str], Tensor],
     device: torch.device,
     on_skipped: Callable[[SampleError], None] | None = None,
+    on_smaller: Callable[[OutOfMemoryError, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts.
 
-    on_skipped: see `train_batches`; what is skipped is counted nowhere.
+    on_skipped: see `train_batches`; what is skipped is counted nowhere. If the memory of any rank
+    runs out, all ranks evaluate again with half of the micro-batch, which goes to `on_smaller`;
+    with a micro-batch of one sample they raise OutOfMemoryError.
     """
-    first, end = (len(store) * rank // world.size for rank in (world.rank, world.rank + 1))
+    micro_batch = min(micro_batch, -(-len(store) // world.size))
+    while True:
+        batches = partial(
+            batch_maker(data).evaluation_batches,
+            store,
+            data,
+            micro_batch=micro_batch,
+            device=device,
+            local_size=world.local_size,
+            on_skipped=on_skipped,
+        )
+        try:
+            return _evaluate(model, batches, len(store), micro_batch, world, allreduce, device)
+        except OutOfMemoryError as error:
+            release_cached_memory()
+            if micro_batch == 1:
+                raise
+            micro_batch = -(-micro_batch // 2)
+            if on_smaller:
+                on_smaller(error, micro_batch)
+
+
+@torch.inference_mode()
+def _evaluate(
+    model: nn.Module,
+    make_batches: Callable[[list[tuple[int, int]]], Iterator[Batch]],
+    test_samples: int,
+    micro_batch: int,
+    world: World,
+    allreduce: Callable[[Tensor, str], Tensor],
+    device: torch.device,
+) -> Evaluation:
+    """Raises OutOfMemoryError, on all ranks, if the memory of any rank runs out."""
+    first, end = (test_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     ranges = [(at, min(micro_batch, end - at)) for at in range(first, end, micro_batch)]
-    # loss, right, right among five, samples
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    # loss, right, right among five, samples; and by rank whether its memory ran out
+    sums = torch.zeros(4 + world.size, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for batch in batch_maker(data).evaluation_batches(
-        store,
-        data,
-        ranges,
-        micro_batch=micro_batch,
-        device=device,
-        local_size=world.local_size,
-        on_skipped=on_skipped,
-    ):
-        logits = model(batch.images).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        counted = (loss, best[:, 0].sum(), best.sum(), (batch.labels >= 0).sum())
-        sums += torch.stack([value.double() for value in counted])
+    try:
+        for batch in make_batches(ranges):
+            sums[:4] += _counted(model, batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        sums[4 + world.rank] = 1  # the others wait for this rank's sums
     model.train(was_training)
-    loss, right, among_five, samples = allreduce(sums, "evaluation").tolist()
+    loss, right, among_five, samples, *ran_out = allreduce(sums, "evaluation").tolist()
+    if any(ran_out):
+        ranks = {rank: "the evaluation" for rank, there in enumerate(ran_out) if there}
+        raise OutOfMemoryError(ranks, "The evaluation needs smaller micro-batches.")
     if not samples:
         raise UserError("All test images were skipped: none of them can be decoded.")
     return Evaluation(
         loss=loss / samples, top1=right / samples, top5=among_five / samples, samples=int(samples)
     )
+
+
+def _counted(model: nn.Module, batch: Batch) -> Tensor:
+    """(4,) float64: loss, right answers, those among five, samples that are not skipped."""
+    logits = model(batch.images).float()
+    best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+    loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+    counted = (loss, best[:, 0].sum(), best.sum(), (batch.labels >= 0).sum())
+    return torch.stack([value.double() for value in counted])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +156,11 @@ def main(args: argparse.Namespace) -> int:
         world=world,
         allreduce=comm.allreduce_,
         device=device,
+        on_smaller=lambda error, size: print(
+            f"{error.who}. All ranks evaluate again with a micro-batch of {size}.",
+            file=sys.stderr,
+            flush=True,
+        ),
     )
     if world.rank == 0:
         print(json.dumps(asdict(result)), flush=True)

@@ -113,6 +113,13 @@ class FusedSGD(Optimizer):
                 group.setdefault(key, value)
             self._check_group(number)
 
+    @torch.no_grad()
+    def make_momenta(self) -> None:
+        """Allocate all momentum buffers now, as zeros, instead of in the first step."""
+        for group in self.param_groups:
+            if group["momentum"] != 0:
+                self._momenta(group["params"])
+
     def set_gradient_source(self, source: Callable[[], StepGradients] | None) -> None:
         """Take gradients from `source()`, called once at the start of each step; None: p.grad."""
         self._gradient_source = source

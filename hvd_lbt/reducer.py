@@ -8,7 +8,9 @@ world's sum out of the wire buffers.
 
 The gradients outlive the sending. If a scaled gradient does not fit the wire, on any rank, or if
 the ranks' sum might not, the update is sent again in fp32 before the optimizer moves. If a gradient
-itself is infinite or NaN, no scale helps: all ranks skip the update.
+itself is infinite or NaN, no scale helps: all ranks skip the update. If a rank runs out of memory,
+it takes part in all sums all the same, with zeros, and says so among the flags: all ranks drop the
+update.
 
 What a training loop can do that would be lost without a word is refused: see `_check_model` and
 `_check_gradients`.
@@ -22,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lbt import ops
-from hvd_lbt.errors import BadUpdatesError, UserError
+from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.optim import FusedSGD, StepGradients
+from hvd_lbt.out_of_memory import is_out_of_memory
 from hvd_lbt.rank_agreement import compare_models, compare_weights, hash_words, parameters_of
 from hvd_lbt.wire_scale import HARMLESS, WireScale
 from hvd_lbt.world import World
@@ -35,6 +38,11 @@ SMALLEST_NORMAL = 2.0**-14  # of fp16; what is smaller has fewer bits, below 2^-
 ANEW = (
     "Call reducer.close() and make a new GradientReducer after the change, on every rank and with "
     "an optimizer that has all parameters."
+)
+# Where a rank can run out of memory, as it tells the others: the number of the place, from 1.
+PLACES = (
+    *("its data", "its forward pass", "a backward pass", "its last backward pass", "the sums"),
+    "its momentum",
 )
 MEASURE_INTERVAL = 100  # updates from one look at what falls below it to the next
 
@@ -162,8 +170,9 @@ class GradientReducer:
         self._overflow = torch.zeros(1, device=self._device)
         self._codes = torch.tensor([1.0, 2.0], device=self._device)  # as pack_wire_ raises them
         # Summed over the ranks: how many overflowed, how many have gone bad, `_measure`'s five, and
-        # by rank its largest gradient and which parameters it has frozen.
-        self._flags = torch.zeros(7 + 2 * world.size, device=self._device)
+        # by rank its largest gradient, which parameters it has frozen, where its memory ran out.
+        self._flags = torch.zeros(7 + 3 * world.size, device=self._device)
+        self._ran_out = 0  # of memory, in this update on this rank: the number of the place
         self._flags_handle: Any = None
         self._backwards = 0  # of this update
         self._compared = world.size == 1  # the ranks' weights
@@ -196,6 +205,8 @@ class GradientReducer:
         loss: this micro-batch's share of the update's mean loss (Σ of its losses / global batch),
         or None, with last=True, on a rank that has no samples in this update. Gradients of a plain
         `loss.backward()` before this call are part of the update. retain_graph: as torch's.
+        If memory runs out in it, nothing is raised here: this rank drops the update, its later
+        backwards do nothing but send, and the step raises OutOfMemoryError on all ranks.
         Raises UserError if the step of the update before is missing, or if the model or optimizer
         changed in a way that the reducer cannot follow.
         """
@@ -206,13 +217,18 @@ class GradientReducer:
             )
         if self._backwards == 0:
             self._check_model()
-        self._attach()
         self._is_inside, self._is_last = True, last
         for bucket in self._buckets:
             bucket.missing = len(bucket.slots)
         try:
-            if loss is not None:
+            if not self._ran_out:
+                self._attach()
+            if loss is not None and not self._ran_out:
                 loss.backward(retain_graph=retain_graph)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.drop_update(PLACES[3 if last else 2])
         finally:
             self._is_inside = False
         self._backwards += 1
@@ -228,6 +244,46 @@ class GradientReducer:
                     self._named, self._optimizer, self.world, self._sum, self.name, self._device
                 )
                 self._compared = True
+
+    def drop_update(self, place: str = PLACES[1]) -> None:
+        """Drop this update on all ranks, because this one ran out of memory: for a forward's error.
+
+        Then end the update as usual: `backward(None, last=True)` and the step, which raises
+        OutOfMemoryError on every rank. place: one of PLACES, for the message.
+        """
+        if self._sent or self._verdict:
+            raise UserError(
+                "drop_update() was called after the update's last backward, when its gradients had "
+                "been sent already."
+            )
+        self._ran_out = PLACES.index(place) + 1
+        for slot in self._slots:
+            slot.gradient = slot.parameter.grad = None
+
+    @property
+    def dropped(self) -> bool:
+        """Whether this rank has dropped the present update, and need not do more of it."""
+        return self._ran_out > 0
+
+    @property
+    def sent(self) -> bool:
+        """Whether the sums of the present update are under way."""
+        return self._sent
+
+    def forget(self) -> None:
+        """Forget the gradients of backwards with last=False, as if they had not been."""
+        assert not self._sent
+        self._backwards = self._ran_out = 0
+        self._release()
+
+    def first_sum(self) -> None:
+        """Sum the wire buffers once, as they are: zeros. Horovod and NCCL then have their memory.
+
+        Before the first update, on all ranks.
+        """
+        assert self._backwards == 0
+        for bucket in self._buckets:
+            self._sum(bucket.wire.zero_(), bucket.name)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -440,10 +496,16 @@ class GradientReducer:
         size, rank = self.world.size, self.world.rank
         self._flags.zero_()
         self._flags[:2] = self._overflow == self._codes
-        if self.wire == "fp16" and (self._until_measured == 0 or self._wire_scale.trial):
-            self._flags[2:7] = self._measure()
-        if self._wire_scale.recovers:
-            self._flags[7 + rank] = _largest(slot.gradient for slot in self._slots)
+        try:
+            if self.wire == "fp16" and (self._until_measured == 0 or self._wire_scale.trial):
+                self._flags[2:7] = self._measure()
+            if self._wire_scale.recovers:
+                self._flags[7 + rank] = _largest(slot.gradient for slot in self._slots)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.drop_update(PLACES[4])
+        self._flags[7 + 2 * size + rank] = self._ran_out
         for slot in self._slots:
             slot.frozen = not slot.parameter.requires_grad
         frozen = "\n".join(slot.name for slot in self._slots if slot.frozen)
@@ -498,11 +560,13 @@ class GradientReducer:
         self.synchronize(self._flags_handle)
         overflowed, bad, *rest = self._flags.tolist()
         measured, by_rank = rest[:5], rest[5:]
-        largest, frozen = by_rank[: self.world.size], by_rank[self.world.size :]
+        size = self.world.size
+        largest, frozen, places = by_rank[:size], by_rank[size : 2 * size], by_rank[2 * size :]
         self._overflow.zero_()
         self._sent = False
         self._backwards = 0
         self._applied = None
+        self._raise_out_of_memory(places)
         if len(set(frozen)) > 1:
             raise UserError(
                 "the ranks have frozen different parameters (requires_grad): rank 0 and rank "
@@ -513,7 +577,6 @@ class GradientReducer:
         if bad:
             return self._skip()
         if overflowed:
-            self._overflows += 1
             return self._send_again()
         self._bad_in_a_row = 0
         if self.wire == "fp16":
@@ -540,16 +603,24 @@ class GradientReducer:
     def _send_again(self) -> str:
         """Sum the gradients themselves, in fp32."""
         flats = []
-        for bucket in self._buckets:
-            flats.append(torch.zeros_like(bucket.wire, dtype=torch.float32))
-            for slot in bucket.slots:
-                place = _view(flats[-1], slot)
-                if slot.gradient is not None:
-                    place.copy_(slot.gradient)
-                slot.gradient, slot.parameter.grad = place, None  # not two copies of all
-        largest_by_rank = torch.zeros(self.world.size, device=self._device)
-        largest_by_rank[self.world.rank] = _largest(flats)
-        self._sum(largest_by_rank, f"{self.name}.largest")
+        by_rank = torch.zeros(2 * self.world.size, device=self._device)
+        largest_by_rank, places = by_rank.chunk(2)
+        try:
+            for bucket in self._buckets:
+                flats.append(torch.zeros_like(bucket.wire, dtype=torch.float32))
+                for slot in bucket.slots:
+                    place = _view(flats[-1], slot)
+                    if slot.gradient is not None:
+                        place.copy_(slot.gradient)
+                    slot.gradient, slot.parameter.grad = place, None  # not two copies of all
+            largest_by_rank[self.world.rank] = _largest(flats)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            places[self.world.rank] = PLACES.index("the sums") + 1
+        self._sum(by_rank, f"{self.name}.largest")
+        self._raise_out_of_memory(places.tolist())
+        self._overflows += 1
         handles = [
             self.allreduce_async(flat, f"{bucket.name}.again")
             for bucket, flat in zip(self._buckets, flats, strict=True)
@@ -583,6 +654,18 @@ class GradientReducer:
                 f"are {len(self._slots)}). Lower the learning rate or look at the data."
             )
         return "bad"
+
+    def _raise_out_of_memory(self, places: Sequence[float]) -> None:
+        """Raise OutOfMemoryError if the memory of any rank ran out; the update leaves no trace."""
+        ranks = {rank: PLACES[int(place) - 1] for rank, place in enumerate(places) if place}
+        if ranks:
+            self._ran_out = 0
+            self._release()
+            raise OutOfMemoryError(
+                ranks,
+                "All ranks have dropped this update, and their weights are those before it. Do it "
+                "again with a smaller micro-batch, which gives the same update.",
+            )
 
     def _received(self) -> str:
         """The verdict on this update's sums; the first call waits for them."""

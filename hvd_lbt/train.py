@@ -1,11 +1,11 @@
 """Train with a batch that grows: the story of a run, from recipe to the last checkpoint."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hvd_lbt import comm
 from hvd_lbt.checkpoint import Checkpoints, open_run
@@ -15,14 +15,15 @@ from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
-from hvd_lbt.errors import BadUpdatesError
+from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.evaluate import evaluate, local_device
 from hvd_lbt.log.run_log import RunLog
-from hvd_lbt.models import check_one_sample
+from hvd_lbt.micro_batch import MicroBatchSizes, Range, UpdateStream
+from hvd_lbt.models import allow_graphs, check_one_sample
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.run_lock import RunLock, own_run
-from hvd_lbt.sampler import MicroBatches, by_update
-from hvd_lbt.schedule.plan import Plan, Update, has_single_samples, make_plan, micro_batch_ranges
+from hvd_lbt.sampler import MicroBatches
+from hvd_lbt.schedule.plan import Plan, Update, has_single_samples, make_plan
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.training import Training, make_training
 from hvd_lbt.world import World
@@ -73,35 +74,76 @@ class _Run:
     test_store: Store | SyntheticStore
     checkpoints: Checkpoints
     log: RunLog
+    stream: UpdateStream[Batch]
 
     def update(self, update: Update, batches: MicroBatches[Batch]) -> None:
-        """Do one update and log it."""
-        try:
-            tally = self.training.update(update, batches)
-        except BadUpdatesError as error:
-            raise BadUpdatesError(f"{error} {self.checkpoints.last_good()}") from error
+        """Do one update, again in smaller micro-batches if memory runs out, and log it."""
+        data_wait, tally = 0.0, None
+        while tally is None:
+            try:
+                tally = self.training.update(update, batches)
+            except BadUpdatesError as error:
+                raise BadUpdatesError(f"{error} {self.checkpoints.last_good()}") from error
+            except OutOfMemoryError as error:
+                data_wait += batches.waited
+                batches = self._smaller(update, error)
         self.log.update(
             update,
             tally.sums,
-            data_wait=batches.waited,
+            data_wait=data_wait + batches.waited,
             reducer=self.training.reducer.stats(),
             noise=self.training.noise.averages,
         )
+
+    def _smaller(self, update: Update, error: OutOfMemoryError) -> MicroBatches[Batch]:
+        """The update's samples once more, in smaller micro-batches; so are all later updates'."""
+        before = self.stream.sizes
+        after = before.smaller(update, self.stream.ghost_batches, self.world)
+        if after is None:
+            self._give_up(update.index, error, "a smaller layout.ghost_batch or model")
+        if self.recipe.run.compile:
+            allow_graphs(len(self.stream.shapes(after)))
+        self.log.out_of_memory(
+            update.index, error, before.stages[update.stage], after.stages[update.stage]
+        )
+        return self.stream.again(after)
+
+    def _smaller_evaluation(self, update: Update, error: OutOfMemoryError, size: int) -> None:
+        """Note that the evaluation goes on with micro-batches of `size`; so do all later ones."""
+        before = self.stream.sizes
+        self.stream.sizes = replace(before, evaluation=size)
+        self.log.out_of_memory(update.index + 1, error, before.evaluation, size)
+
+    def _give_up(self, updates_done: int, error: OutOfMemoryError, what: str) -> NoReturn:
+        """Save, and say on all ranks what needs less memory."""
+        saved = ""
+        if updates_done:
+            self.save(updates_done, best=False)
+            self.checkpoints.wait()
+            saved = f" Saved after {updates_done:,} updates: --resume continues from there."
+        raise UserError(
+            f"{error.who}, and the micro-batch cannot be smaller. Take "
+            f"{what}, or workers with more memory.{saved}"
+        ) from error
 
     def evaluate(self, update: Update) -> bool:
         """Measure and log the test accuracy where it is due; whether it is the best so far."""
         if not evaluation_is_due(update, self.plan, self.recipe.run.eval_every):
             return False
-        result = evaluate(
-            self.training.model,
-            self.test_store,
-            self.recipe.data,
-            micro_batch=self.recipe.layout.micro_batch,
-            world=self.world,
-            allreduce=comm.allreduce_,
-            device=self.training.device,
-            on_skipped=self.log.skipped_sample,
-        )
+        try:
+            result = evaluate(
+                self.training.model,
+                self.test_store,
+                self.recipe.data,
+                micro_batch=self.stream.sizes.evaluation,
+                world=self.world,
+                allreduce=comm.allreduce_,
+                device=self.training.device,
+                on_skipped=self.log.skipped_sample,
+                on_smaller=partial(self._smaller_evaluation, update),
+            )
+        except OutOfMemoryError as error:
+            self._give_up(update.index + 1, error, "smaller test images or a smaller model")
         self.log.evaluation(update, asdict(result))
         return self.checkpoints.better(result.top1)
 
@@ -113,6 +155,7 @@ class _Run:
             "train_samples": self.plan.train_samples,
             "data": self.splits,
             "classes": list(self.classes),
+            "micro_batch": self.stream.sizes.to_dict(),
             **self.training.state_dict(),
         }
 
@@ -141,19 +184,18 @@ class _Run:
 def _begin(
     recipe: Recipe,
     plan: Plan,
-    updates: Sequence[Update],
     classes: Sequence[str],
     world: World,
     state: dict[str, Any] | None,
+    graphs: int,
 ) -> Training:
     """The training with the weights of `state`, or new ones: the same on all ranks."""
-    layout = recipe.layout.model_dump()
     training = make_training(
         recipe,
         len(classes),
         world=world,
         device=local_device(world),
-        graphs=len({tuple(size) for _, *size in micro_batch_ranges(updates, world, **layout)}),
+        graphs=graphs,
     )
     if has_single_samples(plan, recipe.layout.ghost_batch):
         check_one_sample(training.model, recipe.data.image_size)
@@ -162,6 +204,35 @@ def _begin(
     comm.broadcast_(training.model.state_dict())
     training.model.train()
     return training
+
+
+def _stream(
+    recipe: Recipe,
+    plan: Plan,
+    updates: Sequence[Update],
+    store: Store | SyntheticStore,
+    world: World,
+    log: RunLog,
+) -> UpdateStream[Batch]:
+    """The samples of `updates`, in micro-batches for this rank."""
+
+    def make(ranges: Iterable[Range], micro_batch: int) -> Iterator[Batch]:
+        made: Iterator[Batch] = batch_maker(recipe.data).train_batches(
+            store,
+            recipe.data,
+            ranges,
+            seed=recipe.run.seed,
+            micro_batch=micro_batch,
+            device=local_device(world),
+            local_size=world.local_size,
+            on_skipped=log.skipped_sample,
+        )
+        return made
+
+    size = recipe.layout.micro_batch
+    sizes = MicroBatchSizes(stages=(size,) * len(plan.stages), evaluation=size)
+    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
+    return UpdateStream(updates, make, world, sizes, ghosts)
 
 
 def train(
@@ -195,9 +266,10 @@ def train(
             print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
         return 0  # a requeued job has nothing left to do, which is no failure
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
-    layout = recipe.layout.model_dump()
-
-    training = _begin(recipe, plan, updates, train_store.classes, world, state)
+    log = RunLog(out, world, plan, first_update)
+    stream = _stream(recipe, plan, updates, train_store, world, log)
+    graphs = len(stream.shapes(stream.sizes))
+    training = _begin(recipe, plan, train_store.classes, world, state, graphs)
     best_top1 = state["best_top1"] if state else -1.0
     run = _Run(
         recipe=recipe,
@@ -210,24 +282,15 @@ def train(
         checkpoints=Checkpoints(
             out / "checkpoints", recipe.run, world, comm.allgather_object, best_top1, owner
         ),
-        log=RunLog(out, world, plan, first_update),
+        log=log,
+        stream=stream,
     )
     run.log.begin(recipe, len(test_store), first_update)
-    stream = batch_maker(recipe.data).train_batches(
-        train_store,
-        recipe.data,
-        micro_batch_ranges(updates, world, **layout),
-        seed=recipe.run.seed,
-        micro_batch=recipe.layout.micro_batch,
-        device=training.device,
-        local_size=world.local_size,
-        on_skipped=run.log.skipped_sample,
-    )
     if membership:
         membership.begin(plan.stages[updates[0].stage], at_end=run.log.close, stop=stop)
 
     # Train, and save at the end of a stage, when it is due, and where the accuracy is best.
-    for update, batches in by_update(updates, stream, world, **layout):
+    for update, batches in stream:
         stop.ask(save=run.checkpoints.due())
         run.update(update, batches)
         done = update.index + 1

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import OutOfMemoryError, UserError
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
 from hvd_lbt.models.forward import Forward
 from hvd_lbt.optim import FusedSGD
+from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
 from hvd_lbt.recipe import Recipe
-from hvd_lbt.reducer import GradientReducer
+from hvd_lbt.reducer import PLACES, GradientReducer
 from hvd_lbt.sampler import MicroBatches
 from hvd_lbt.schedule.plan import Update
 from hvd_lbt.schedule.settings import Schedule
@@ -96,12 +97,15 @@ class Training:
         self.noise = GradientNoise(model, noise_every)
         self._forward = forward or (_summed(loss) if loss else make_forward(model))
         self._ghost_batch = self.statistics.ghost_batch
+        optimizer.make_momenta()
 
     def update(self, update: Update, batches: MicroBatches[Any]) -> Tally:
         """Do one update: set lr and momentum, backpropagate all micro-batches, sum, step.
 
         batches: this rank's, from `PlanSampler.updates`. Every rank must call it for each update.
         Raises UserError if they are not the update's, BadUpdatesError after too many skipped ones.
+        If the memory of any rank runs out, all ranks drop the update and raise OutOfMemoryError:
+        everything is as before the update, which may be done again in smaller micro-batches.
         """
         reducer = self.reducer
         set_hyperparameters(self.optimizer, update, self.schedule)
@@ -109,21 +113,29 @@ class Training:
         self.noise.begin(update.index, update.global_batch)
         sums = torch.zeros(3, device=self.device)
         last = len(batches) - 1
-        for index, batch in enumerate(batches):
-            parts = _on(self.device, batch)
-            _check_samples(update, parts, batches.sizes[index])
-            loss, counted = self._forward(*parts)
-            reducer.backward(loss / update.global_batch, last=index == last)
-            self.noise.add_part(batches.sizes[index])
+        self._make_momenta()
+        for index in range(len(batches)):
+            counted = None if reducer.dropped else self._micro_batch(update, batches, index == last)
+            if counted is None or reducer.dropped:
+                break
             sums += counted
-        if not batches:  # fewer ghost batches than ranks: this one only takes part in the sum
+        # a rank without samples, or without memory, only takes part in the sum
+        if not batches or (reducer.dropped and not reducer.sent):
             reducer.backward(None, last=True)
         handles = [reducer.allreduce_async(sums, "metrics")]
         if self.statistics.norms:
             handles.append(reducer.allreduce_async(self.statistics.collected, "batch norm"))
         handles += self.noise.send(reducer.allreduce_async)
         skipped_before = reducer.stats()["skipped"]
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except OutOfMemoryError:
+            for handle in handles:
+                reducer.synchronize(handle)
+            self.noise.discard()
+            self.statistics.discard()
+            release_cached_memory()
+            raise
         for handle in handles:
             reducer.synchronize(handle)
         self.noise.end(reducer.squared_norm)
@@ -133,6 +145,38 @@ class Training:
         else:
             self.statistics.fold(update.global_batch)
         return Tally(sums=sums, skipped=skipped)
+
+    def _make_momenta(self) -> None:
+        """Allocate the momentum buffers before the step, which no rank may leave by an error."""
+        try:
+            self.optimizer.make_momenta()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.reducer.drop_update("its momentum")
+
+    def _micro_batch(self, update: Update, batches: MicroBatches[Any], last: bool) -> Tensor | None:
+        """Backpropagate the next micro-batch; what its forward counted.
+
+        If memory runs out, `reducer.dropped` says so: the other ranks will wait for this one's
+        sums, so that no error may leave the update before they are sent.
+        """
+        place, size = PLACES[0], batches.sizes[batches.taken]
+        try:
+            parts = _on(self.device, next(batches))
+            _check_samples(update, parts, size)
+            place = PLACES[1]
+            loss, counted = self._forward(*parts)
+            share = loss / update.global_batch
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.reducer.drop_update(place)
+            return None
+        self.reducer.backward(share, last=last)
+        if not self.reducer.dropped:
+            self.noise.add_part(size)
+        return counted
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs, on any number of ranks."""

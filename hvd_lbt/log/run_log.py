@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_lbt.append_file import AppendFile
-from hvd_lbt.errors import SampleError
+from hvd_lbt.errors import OutOfMemoryError, SampleError
 from hvd_lbt.log.progress import ProgressLine
 from hvd_lbt.log.provenance import revision, slurm_job, versions
 from hvd_lbt.log.tensorboard import EventFile
@@ -160,6 +160,22 @@ class RunLog:
             waited=self._share(),
             skipped_samples=self._skipped_samples,
             accuracy=self._accuracy,
+        )
+
+    def out_of_memory(
+        self, updates_done: int, error: OutOfMemoryError, before: int, after: int
+    ) -> None:
+        """Note that memory ran out on some ranks, and the micro-batch from here on."""
+        self.event(
+            "out_of_memory",
+            update=updates_done,
+            ranks={str(rank): place for rank, place in error.ranks.items()},
+            micro_batch_before=before,
+            micro_batch=after,
+        )
+        self.say(
+            f"{error.who}, after {updates_done:,} updates. All ranks do it "
+            f"again with a micro-batch of {after:,} instead of {before:,}, which computes the same."
         )
 
     def evaluation(self, update: Update, values: dict[str, Any]) -> None:

@@ -93,6 +93,13 @@ class GradientNoise:
         kept = torch.where(found.isfinite().all(), moved, self._averages)
         self._averages.copy_(torch.where(parts > 1, kept, 0.0))
 
+    def discard(self) -> None:
+        """Forget what was begun of an update that was dropped."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._norms.clear()
+
     @property
     def averages(self) -> Tensor:
         """fp32 (2,) on the device: tr(Σ) per sample, and |G|²; NaN before the first measurement."""

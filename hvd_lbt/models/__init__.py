@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.models.forward import compiled, make_forward
+from hvd_lbt.models.forward import allow_graphs, compiled, make_forward
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics, check_one_sample
 from hvd_lbt.models.inception_resnet import InceptionResNetV2
 from hvd_lbt.models.perceptron import Perceptron
@@ -17,6 +17,7 @@ from hvd_lbt.recipe import ModelRecipe
 __all__ = [
     "GhostBatchNorm2d",
     "RunningStatistics",
+    "allow_graphs",
     "build_model",
     "check_one_sample",
     "compiled",

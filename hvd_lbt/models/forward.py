@@ -48,6 +48,11 @@ def compiled(forward: Forward, graphs: int) -> Forward:
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
+def allow_graphs(more: int) -> None:
+    """Let torch.compile make so many more graphs, for sizes that are new."""
+    torch.compiler.config.recompile_limit += more
+
+
 def _needs() -> dict[str, bool]:
     """What torch.compile calls on this machine, and whether it is there."""
     headers = Path(sysconfig.get_paths()["include"])

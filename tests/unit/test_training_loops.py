@@ -2,72 +2,17 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
+from thread_ranks import SEEDING, Ranks, reducer_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.optim import FusedSGD
-from hvd_lbt.reducer import GradientReducer
-from hvd_lbt.world import World
 
 OPTIMIZERS = [FusedSGD, torch.optim.SGD]
-
-
-class Ranks:
-    """Threads that are ranks of a world: the sum waits for all, as Horovod's does."""
-
-    def __init__(self, size):
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.tensors = [None] * size
-
-    def sum_of(self, rank):
-        def allreduce_async(tensor, name):
-            self.tensors[rank] = (name, tensor.clone())
-            self.barrier.wait()
-            assert len({name for name, _ in self.tensors}) == 1
-            tensor.copy_(torch.stack([tensor for _, tensor in self.tensors]).sum(0))
-            self.barrier.wait()
-
-        return allreduce_async
-
-    def run(self, program):
-        """program(rank, make_reducer) on every rank; what it returned or raised, by rank."""
-        results = [None] * self.size
-
-        def one(rank):
-            def make(model, optimizer, **settings):
-                return reducer_of(model, optimizer, self.sum_of(rank), rank, self.size, **settings)
-
-            try:
-                results[rank] = program(rank, make)
-            except Exception as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-def reducer_of(model, optimizer, allreduce=lambda tensor, name: None, rank=0, size=1, **settings):
-    return GradientReducer(
-        model,
-        optimizer,
-        world=World(rank=rank, size=size),
-        allreduce_async=allreduce,
-        synchronize=lambda handle: None,
-        **({"wire": "fp32"} | settings),
-    )
-
-
-SEEDING = threading.Lock()  # ranks that are threads share torch's random numbers
 
 
 def network(seed=0):

@@ -1,0 +1,143 @@
+"""How many samples one forward takes, by stage and in evaluation, and what to take when memory runs
+out.
+
+Ghost batches make an update independent of the micro-batch, so it may be smaller from any update
+on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from hvd_lbt.errors import UserError
+from hvd_lbt.sampler import MicroBatches
+from hvd_lbt.schedule.layout import count_ghost_batches
+from hvd_lbt.schedule.plan import Update, layout_of
+from hvd_lbt.world import World
+
+Batch = TypeVar("Batch")
+Range = tuple[int, int, int]  # first sample of the stream, count, ghost batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchSizes:
+    """Samples of one forward, at most.
+
+    stages: by stage of the plan, each a multiple of the stage's ghost batch; evaluation: of test
+    images.
+    """
+
+    stages: tuple[int, ...]
+    evaluation: int
+
+    def smaller(
+        self, update: Update, ghost_batches: Sequence[int], world: World
+    ) -> "MicroBatchSizes | None":
+        """About half of what `update` had; None where that is one ghost batch already.
+
+        ghost_batches: by stage. The stages of larger sizes are limited to the same number.
+        """
+        ghost_batch = ghost_batches[update.stage]
+        most = largest_share(update.global_batch, ghost_batch, world.size)
+        whole = min(self.stages[update.stage], most) // ghost_batch
+        if whole <= 1:
+            return None
+        limit = -(-whole // 2) * ghost_batch
+        stages = tuple(
+            max(ghosts, min(size, limit) // ghosts * ghosts)
+            for size, ghosts in zip(self.stages, ghost_batches, strict=True)
+        )
+        return replace(self, stages=stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {"stages": list(self.stages), "evaluation": self.evaluation}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "MicroBatchSizes":
+        """What `to_dict` gave."""
+        return cls(stages=tuple(state["stages"]), evaluation=state["evaluation"])
+
+
+def largest_share(global_batch: int, ghost_batch: int, workers: int) -> int:
+    """Samples of the worker with most ghost batches, each counted as whole."""
+    return -(-count_ghost_batches(global_batch, ghost_batch) // workers) * ghost_batch
+
+
+class UpdateStream(Generic[Batch]):
+    """Each update with this rank's micro-batches; they can be cut anew from the present update on.
+
+    make(ranges, micro_batch): begins the source of the batches of these ranges, of at most
+    micro_batch samples each (one more in a last one). ghost_batches: by stage of the plan.
+    """
+
+    def __init__(
+        self,
+        updates: Sequence[Update],
+        make: Callable[[Iterable[Range], int], Iterator[Batch]],
+        world: World,
+        sizes: MicroBatchSizes,
+        ghost_batches: Sequence[int],
+    ):
+        self._updates, self._make, self._world = updates, make, world
+        self.sizes, self.ghost_batches = sizes, ghost_batches
+        self._place = 0
+        self._source: Iterator[Batch] | None = None
+        self._batches: MicroBatches[Batch] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Update, MicroBatches[Batch]]]:
+        for place, update in enumerate(self._updates):
+            self._place = place
+            yield update, self._next()
+            assert self._batches is not None
+            left = len(self._batches) - self._batches.taken
+            if left:
+                raise UserError(
+                    f"update {update.index}: {left} of {len(self._batches)} micro-batches were not "
+                    "used. Take all of an update's before the next one."
+                )
+
+    def again(self, sizes: MicroBatchSizes) -> MicroBatches[Batch]:
+        """The micro-batches of the present update once more, of other sizes; so are later ones.
+
+        The batches come from a new source: their samples, crops and pixels are functions of the
+        place in the stream alone.
+        """
+        self.close()
+        self.sizes = sizes
+        return self._next()
+
+    def close(self) -> None:
+        """End the source, and with it what it has prepared."""
+        close = getattr(self._source, "close", None)
+        self._source = None
+        if close is not None:
+            close()
+
+    def shapes(self, sizes: MicroBatchSizes) -> set[tuple[int, int]]:
+        """(samples, ghost batch) of all micro-batches from the present update on."""
+        return {(count, ghost) for _, count, ghost in self._ranges(self._place, sizes)}
+
+    def _next(self) -> MicroBatches[Batch]:
+        if self._source is None:
+            stages = {update.stage for update in self._updates[self._place :]}
+            most = max(self.sizes.stages[stage] for stage in stages)
+            self._source = self._make(self._ranges(self._place, self.sizes), most)
+        update = self._updates[self._place]
+        parts = self._layout(update, self.sizes)
+        ghost_batch = self.ghost_batches[update.stage]
+        self._batches = MicroBatches([len(part) for part in parts], self._source, ghost_batch)
+        return self._batches
+
+    def _ranges(self, first: int, sizes: MicroBatchSizes) -> Iterator[Range]:
+        for update in self._updates[first:]:
+            for part in self._layout(update, sizes):
+                yield update.samples_seen + part.start, len(part), self.ghost_batches[update.stage]
+
+    def _layout(self, update: Update, sizes: MicroBatchSizes) -> tuple[range, ...]:
+        return layout_of(
+            update,
+            self._world,
+            micro_batch=sizes.stages[update.stage],
+            ghost_batch=self.ghost_batches[update.stage],
+        ).micro_batches
