@@ -21,7 +21,7 @@ def calibrate(
     workers_per_node: int,
     local_batch: int,
     gradient_bytes: int,
-    line_rate: float,
+    line_rate: float | None,
     image_size: int = 224,
     source: str = "",
     model: str | None = None,
@@ -31,15 +31,16 @@ def calibrate(
     line_rate: bytes/s of a node's network. With one local batch a and b cannot be told apart: all
     of t(1) counts as per sample. t(R) − t(1) is the sum within a node. Of x = t(2R) − t(R) the ring
     between two nodes explains at most D/(0.8 · line_rate), since each of the n nodes sends
-    2(n−1)/n · D; the rest of x is an overhead that no further node adds to. Without t(2R) the link
-    between nodes is None. Raises KeyError without t(1) or t(R).
+    2(n−1)/n · D; the rest of x is an overhead that no further node adds to. With line_rate None all
+    of x is the ring. Without t(2R) the link between nodes is None. Raises KeyError without t(1) or
+    t(R).
     """
     alone, on_node = seconds[1], seconds[workers_per_node]
     messages = -(-gradient_bytes // int(MESSAGE_BYTES))
     between = None
     if 2 * workers_per_node in seconds:
         step = max(0.0, seconds[2 * workers_per_node] - on_node)
-        ring = gradient_bytes / (LINE_SHARE * line_rate)
+        ring = step if line_rate is None else gradient_bytes / (LINE_SHARE * line_rate)
         visible = min(step, ring)
         between = Link(
             bandwidth=gradient_bytes / visible if visible > 0 else LARGEST,

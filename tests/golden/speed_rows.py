@@ -78,7 +78,7 @@ def _table(rows: list[dict[str, str]]) -> list[Prediction]:
         gradient_bytes=int(first["gradient_bytes"]),
         line_rate=float(first["line_rate_gbit"]) * 1e9 / 8,
     )
-    what = f"{first['framework']}, {first['precision']}, {local_batch} a GPU"
+    what = f"{first['table']}: {first['framework']}, {first['precision']}, {local_batch} a GPU"
     return [
         Prediction(
             what=what,

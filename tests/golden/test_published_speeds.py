@@ -3,6 +3,8 @@
 The rules are in speed_rows.py; docs/time.md shows every row.
 """
 
+import importlib.util
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -49,5 +51,18 @@ def test_congestion_mends_what_a_plain_ring_says_of_many_nodes():
 def test_without_two_nodes_the_link_between_them_is_not_known():
     table = {"workers_per_node": 8, "local_batch": 64, "gradient_bytes": 100, "line_rate": 1e9}
     assert calibrate({1: 0.3, 8: 0.31}, name="x", **table).between_nodes is None
+    # without a line rate the whole step is the ring: t(n) = t(R) + (t(2R) − t(R)) · 2(n−1)/n
+    step = calibrate({1: 0.3, 8: 0.31, 16: 0.35}, name="x", **table | {"line_rate": None})
+    assert speed_rows.seconds_of(step, 32, 64) == pytest.approx(0.31 + 0.04 * 1.5, rel=0.01)
     with pytest.raises(KeyError):
         calibrate({1: 0.3, 16: 0.31}, name="x", **table)
+
+
+def test_the_page_shows_the_rows_as_they_are():
+    docs = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("time_picture", docs / "time_picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    page = (docs / "time.md").read_text(encoding="utf-8")
+    for table in (picture.markdown(), picture.example_markdown()):
+        assert "\n".join(table) in page
