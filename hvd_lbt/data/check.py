@@ -21,8 +21,9 @@ from hvd_lbt.data.formats import (
 )
 from hvd_lbt.data.index import Index, open_index
 from hvd_lbt.data.pipeline import evaluation_batches
+from hvd_lbt.data.pixels import Encoded
 from hvd_lbt.data.source import has_split
-from hvd_lbt.data.store import TIMEOUT, Encoded, Store, open_test_split, open_train_split
+from hvd_lbt.data.store import TIMEOUT, Store, open_test_split, open_train_split
 from hvd_lbt.errors import SampleError
 from hvd_lbt.recipe import DataRecipe
 

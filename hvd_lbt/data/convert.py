@@ -341,13 +341,8 @@ class Shards:
         with _writer(stream, self._form) as write:
             for index in part:
                 image, label = store.read(index), int(store.labels[index])
-                write(index, image, self._name(index), label, store.classes[label])
+                write(index, image, store.member(index), label, store.classes[label])
                 yield hashlib.sha256(image).digest()
-
-    def _name(self, index: int) -> str:
-        """CLASS/FILE, or where the sample lay in a shard."""
-        root = str(self._store.index.root)
-        return self._store.name(index).removeprefix(root).lstrip("/")
 
     def _compare(self, file: Path, part: range, sums: list[bytes]) -> None:
         """Read the shard back, as training will, and compare it with what was to be written."""

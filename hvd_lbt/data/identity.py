@@ -41,7 +41,9 @@ def identity(store: Store | SyntheticStore) -> Identity:
     if isinstance(store, Store):
         index = store.index
         its["kind"] = index.kind
-        if index.extents is None:
+        if store.contents:
+            its["samples"] = store.contents
+        elif index.extents is None:
             ends = index.files.ends.astype("<i8").tobytes()
             its["samples"] = _sha256(ends + index.files.blob.tobytes())
         else:

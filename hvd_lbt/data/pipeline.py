@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_lbt.data.crops import FLIP, center_crops, pad_crops, random_resized_crops
+from hvd_lbt.data.pixels import Encoded
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.samples import SKIPPED, Batch, TrainSamples
-from hvd_lbt.data.store import Encoded, Store
+from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import DataRecipe

@@ -131,7 +131,7 @@ def test_no_format_and_compressed_shards_are_told(tmp_path):
 def test_many_threads_read_more_shards_than_are_kept_open(folder, tmp_path, monkeypatch):
     originals = samples(open_train_split(folder))
     write_shards("webdataset", tmp_path / "train", originals, 20)
-    monkeypatch.setattr("hvd_lbt.data.store.OPEN_SHARDS", 1)
+    monkeypatch.setattr("hvd_lbt.data.index_store.OPEN_SHARDS", 1)
     train = open_train_split(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(16) as threads:

@@ -15,8 +15,8 @@ from data_sets import encoded, write_folder, write_shards
 from PIL import Image
 
 from hvd_lbt.bench.input import reference_evaluation, write_photographs
+from hvd_lbt.data import index_store as store_module
 from hvd_lbt.data import order, pipeline
-from hvd_lbt.data import store as store_module
 from hvd_lbt.data.pipeline import SKIPPED, evaluation_batches, train_batches
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import ReadError, SampleError
@@ -336,7 +336,7 @@ DALI_REFUSES = """
 import sys
 from pathlib import Path
 from hvd_lbt.cli import main
-from hvd_lbt.data import store
+from hvd_lbt.data import index_store as store
 from hvd_lbt.data.pixels import Encoded
 import numpy as np
 check = store.encoded

@@ -202,8 +202,7 @@ def members(source: Window, extents: Extents) -> Iterator[Member]:
         if at + BLOCK > source.size:
             raise source.error(
                 f"ends at byte {source.size:,} without tar's end marker, two blocks of zeros: it "
-                "is cut off, or its writer was not closed. If it is whole, add them: `head -c "
-                f"1024 /dev/zero >> {source.file.name}`"
+                f"is cut off, or its writer was not closed{_completed(source, 1024)}"
             )
         head = source.read(at, BLOCK)
         member = _plain(head, at) if extended_at < 0 else None
@@ -327,8 +326,7 @@ def _end(source: Window, at: int, extents: Extents) -> None:
     """
     if at + 2 * BLOCK > source.size:
         raise source.error(
-            f"has half of tar's end marker at byte {at:,}: it is cut off. If it is whole, add the "
-            f"other half: `head -c 512 /dev/zero >> {source.file.name}`"
+            f"has half of tar's end marker at byte {at:,}: it is cut off{_completed(source, 512)}"
         )
     place = at
     while place < source.size:
@@ -345,6 +343,13 @@ def _end(source: Window, at: int, extents: Extents) -> None:
     extents.unpadded = source.size % RECORD != 0
     if zeros > 2 * BLOCK and (source.size % RECORD or zeros > RECORD + BLOCK):
         extents.findings.add(found.ODD_END, f"{source.file.name}, {zeros:,} zeros")
+
+
+def _completed(source: Window, count: int) -> str:
+    """How to add zeros to a tar that is whole but for its end; a tar within a tar cannot grow."""
+    if source.within:
+        return ": download the archive again"
+    return f". If it is whole, add zeros: `head -c {count} /dev/zero >> {source.file.name}`"
 
 
 def _resolved(source: Window, links: list[Member]) -> Iterator[Member]:
