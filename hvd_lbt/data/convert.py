@@ -1,9 +1,12 @@
 """`hvd_lbt data convert`: a data set as WebDataset, TFRecord or RecordIO shards, in the same order.
 
-The encoded bytes are copied as they are. Each shard is written aside, read back and compared image
-by image with the source, and only then gets its name and a line in sha256sums.txt (as sha256sum -c
-reads it). Started again, the command keeps the shards whose checksum still holds and
-continues.
+DATA is a data set in any format that training reads, or as it is downloaded: ImageNet's archives,
+Kaggle's tree, tiny-ImageNet, Parquet files of the Hugging Face hub, CIFAR's and MNIST's files.
+
+The encoded bytes are copied as they are, or made smaller once by --shorter-side. Each shard is
+written aside, read back and compared image by image with what was to be written, and only then gets
+its name and a line in sha256sums.txt (as sha256sum -c reads it). Started again, the command keeps
+the shards whose checksum still holds and continues.
 """
 
 import argparse
@@ -14,9 +17,11 @@ import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +32,7 @@ from rich.progress import Progress
 from hvd_lbt import terminal
 from hvd_lbt.arguments import count, threads
 from hvd_lbt.data.class_names import CLASSES_FILE, as_lines
+from hvd_lbt.data.downloads import Download, find_files, find_tree
 from hvd_lbt.data.formats import (
     SCANS,
     SUFFIXES,
@@ -37,23 +43,27 @@ from hvd_lbt.data.formats import (
     tfrecord,
 )
 from hvd_lbt.data.formats.extents import LabelError, class_name
+from hvd_lbt.data.formats.side_files import ABOUT_FILE, SHRINK_KEY
 from hvd_lbt.data.identity import identity
+from hvd_lbt.data.image_notes import ImageNotes
 from hvd_lbt.data.index import locked
 from hvd_lbt.data.reading import read_regular
+from hvd_lbt.data.shrink import QUALITY, Shrink, Shrunk
 from hvd_lbt.data.source import find_source, has_split
 from hvd_lbt.data.store import Store, open_test_split, open_train_split
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import ReadError, UserError
 from hvd_lbt.terminal import printable
 
-ABOUT_FILE, LOCK_FILE = "convert.json", ".convert.lock"
+LOCK_FILE = ".convert.lock"
 OWN_FILES = {LOCK_FILE, f".{ABOUT_FILE}.part"}  # may be left without ABOUT_FILE
 LARGEST = 1 << 20  # bytes of ABOUT_FILE
+MEASURED_EVERY = 8  # images: the pixels of so many are compared with those before JPEG
 ENDINGS = {"webdataset": "tar", "tfrecord": "tfrecord", "recordio": "rec"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt data convert`."""
-    parser.add_argument("data", type=Path, help="a data set in any format")
+    parser.add_argument("data", type=Path, help="a data set in any format, or as downloaded")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--format", choices=sorted(ENDINGS), default="webdataset")
     parser.add_argument(
@@ -65,10 +75,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--classes", type=Path, help="one class name a line [DATA/classes.txt]")
     parser.add_argument("--jobs", type=threads, help="shards written at once [the cores]")
+    parser.add_argument(
+        "--shorter-side",
+        type=count,
+        metavar="PIXELS",
+        help="make larger images smaller, once, and store them as JPEG [images as they are]",
+    )
+    parser.add_argument(
+        "--quality", type=quality, metavar="Q", help=f"of that JPEG, 1 to 100 [{QUALITY}]"
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="of Parquet files [label]")
+
+
+def quality(text: str) -> int:
+    """The value of --quality."""
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 100")
+    return int(text)
 
 
 def main(args: argparse.Namespace) -> int:
     """Convert all splits and say where they are."""
+    if args.quality is not None and args.shorter_side is None:
+        raise UserError(
+            f"--quality {args.quality} has no effect without --shorter-side: images are copied as "
+            "they are."
+        )
+    shrink = None
+    if args.shorter_side is not None:
+        shrink = Shrink(shorter_side=args.shorter_side, quality=args.quality or QUALITY)
     convert(
         args.data,
         args.out,
@@ -76,8 +111,78 @@ def main(args: argparse.Namespace) -> int:
         samples_per_shard=args.samples_per_shard,
         classes_file=args.classes,
         jobs=args.jobs or len(os.sched_getaffinity(0)),
+        shrink=shrink,
+        label_column=args.label_column,
     )
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What is converted.
+
+    changed: whether a split is not as it was when it was opened. guarded: OUT must not lie there.
+    """
+
+    stores: dict[str, Store]
+    changed: Callable[[str], bool]
+    guarded: tuple[Path, ...]
+
+
+def _open(data: Path, classes_file: Path | None, label_column: str | None) -> _Opened:
+    """Open DATA: as it is downloaded, or in a format that training reads."""
+    found = find_tree(data)
+    if found is None:
+        try:
+            sources = {"train": find_source(data, "train", []).fingerprint()}
+            stores = {"train": open_train_split(data, classes_file)}
+            if has_split(data, "test"):
+                sources["test"] = find_source(data, "test", []).fingerprint()
+                stores["test"] = open_test_split(data, stores["train"].classes, classes_file)
+        except ReadError:
+            raise
+        except UserError:
+            if (found := find_files(data, label_column)) is None:
+                raise
+    parquet = found is not None and found.train.index.kind == "parquet"
+    if label_column is not None and not parquet:
+        raise UserError(
+            f"--label-column {label_column} has no effect: {printable(data)} has no Parquet files."
+        )
+    if found is None:
+
+        def changed(split: str) -> bool:
+            return find_source(data, split, []).fingerprint() != sources[split]
+
+        roots = tuple(store.index.root for store in stores.values())
+        return _Opened(stores=stores, changed=changed, guarded=roots)
+    if classes_file is not None:
+        raise UserError(
+            f"--classes {classes_file} has no effect: {found.what} has classes of its own."
+        )
+    return _of_download(found)
+
+
+def _of_download(found: Download) -> _Opened:
+    """A downloaded data set; says what it is and what was found in it."""
+    console = terminal.console(stderr=True)
+    before = found.fingerprint()
+    stores = found.stores()
+    for split, store in stores.items():
+        terminal.say(
+            console,
+            f"{split}: {len(store):,} images, {len(store.classes):,} classes of {found.what}",
+        )
+        for line in store.index.findings.lines():
+            terminal.say(console, f"{split}: {line}")
+    if "test" not in stores:
+        terminal.say(console, f"{found.what} has no test images here: only train is converted.")
+    folders = (store.index.root for store in stores.values() if store.index.kind == "folder")
+    return _Opened(
+        stores=stores,
+        changed=lambda _: found.fingerprint() != before,
+        guarded=tuple(folders),
+    )
 
 
 def convert(
@@ -88,31 +193,29 @@ def convert(
     samples_per_shard: int,
     classes_file: Path | None = None,
     jobs: int = 1,
+    shrink: Shrink | None = None,
+    label_column: str | None = None,
 ) -> None:
     """Write OUT/{train,test}/*.{tar,tfrecord,rec} and OUT/classes.txt.
 
     Raises UserError if OUT holds the conversion of something else, or cannot be written.
     """
-    sources = {"train": find_source(data, "train", []).fingerprint()}
-    train = open_train_split(data, classes_file)
-    stores = {"train": train}
-    if has_split(data, "test"):
-        sources["test"] = find_source(data, "test", []).fingerprint()
-        stores["test"] = open_test_split(data, train.classes, classes_file)
+    opened = _open(data, classes_file, label_column)
+    stores, train = opened.stores, opened.stores["train"]
     about: dict[str, Any] = {
         "format": form,
         "samples_per_shard": samples_per_shard,
         "samples": {split: len(store) for split, store in stores.items()},
         "data": {split: identity(store) for split, store in stores.items()},
     }
+    if shrink is not None:
+        about[SHRINK_KEY] = shrink.about()
     class_lines = as_lines(train.classes)
     if form == "tfrecord":
         _check_labels(train.classes)
-    for store in stores.values():
-        if out.resolve().is_relative_to(store.index.root.resolve()):
-            raise UserError(
-                f"{out} lies in {store.index.root}, which is converted: choose another."
-            )
+    for root in opened.guarded:
+        if out.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{out} lies in {root}, which is converted: choose another.")
 
     def busy(holder: str) -> UserError:
         return UserError(
@@ -130,16 +233,21 @@ def convert(
             }
             _begin_or_continue(out, about)
             _replace(out / CLASSES_FILE, class_lines)
+            notes: dict[str, ImageNotes] = {}
             for split, store in stores.items():
-                shards = Shards(store, out / split, split, form, before[split])
-                _write_split(shards, store, out / split, samples_per_shard, jobs)
+                with ThreadPoolExecutor(jobs) as decoders:
+                    work = Work(shrink, decoders, jobs) if shrink is not None else None
+                    shards = Shards(store, out / split, split, form, before[split], work)
+                    _write_split(shards, store, out / split, samples_per_shard, jobs)
+                notes[split] = shards.notes
+                _say_notes(split, shards, notes)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error}). Free space, or correct the folder and its "
             "permissions, and start the same command again: whole shards are kept."
         ) from error
     for split, store in stores.items():
-        if find_source(data, split, []).fingerprint() != sources[split]:
+        if opened.changed(split):
             raise UserError(
                 f"{store.index.root} was changed while it was converted: files came, went or were "
                 "replaced. Start the same command again once nothing writes there."
@@ -173,6 +281,18 @@ def _write_split(shards: "Shards", store: Store, folder: Path, per_shard: int, j
         + (f", {kept} were there" if kept else "")
         + f"; checked against {store.index.root} and listed in {SUMS_FILE}",
     )
+
+
+def _say_notes(split: str, shards: "Shards", notes: dict[str, ImageNotes]) -> None:
+    """What the images of a split are, and what made them smaller did."""
+    console = terminal.console(stderr=True)
+    found = shards.notes.findings()
+    if split != "train":
+        found.merge(shards.notes.leaks(notes["train"]))
+    for line in found.lines():
+        terminal.say(console, f"{split}: {line}")
+    if shards.work is not None:
+        terminal.say(console, f"{split}: {shards.work.summary()}")
 
 
 def _stamps(store: Store, jobs: int) -> NDArray[np.int64]:
@@ -243,7 +363,8 @@ def _begin_or_continue(out: Path, about: dict) -> None:
         if before is None:
             raise _damaged(file, "it is empty, as after a power loss")
         if before != about:
-            differs = [key for key in about if not _same(before, about, key)]
+            keys = [*about, *(key for key in (SHRINK_KEY,) if key not in about)]
+            differs = [key for key in keys if not _same(before, about, key)]
             if differs == ["source"]:
                 raise UserError(
                     f"The images of {' and '.join(about['samples'])} were changed since the "
@@ -261,7 +382,7 @@ def _begin_or_continue(out: Path, about: dict) -> None:
 
 
 def _same(before: object, about: dict, key: str) -> bool:
-    return isinstance(before, dict) and before.get(key) == about[key]
+    return isinstance(before, dict) and before.get(key) == about.get(key)
 
 
 def _damaged(file: Path, why: object) -> UserError:
@@ -271,14 +392,72 @@ def _damaged(file: Path, why: object) -> UserError:
     )
 
 
+class Work:
+    """Making images smaller, in `decoders`, and what that changed so far."""
+
+    def __init__(self, shrink: Shrink, decoders: ThreadPoolExecutor, jobs: int):
+        self.ahead = 4 * jobs  # images read before the first of them is written
+        self._shrink, self._decoders, self._lock = shrink, decoders, threading.Lock()
+        self._images = self._changed = self._before = self._after = 0
+        self._differences: list[float] = []
+
+    def submit(self, index: int, data: bytes) -> "Future[tuple[Shrunk, str]]":
+        """Start on an image; the result is what is to be stored, and what is wrong with it."""
+        return self._decoders.submit(self._make, index, data)
+
+    def _make(self, index: int, data: bytes) -> tuple[Shrunk, str]:
+        try:
+            made, fault = self._shrink(data, measure=index % MEASURED_EVERY == 0), ""
+        except ValueError as error:  # kept as it is, so that each sample keeps its place
+            made, fault = Shrunk(data, False), str(error)
+        with self._lock:
+            self._images += 1
+            self._changed += made.changed
+            self._before += len(data)
+            self._after += len(made.data)
+            if made.difference is not None:
+                self._differences.append(made.difference)
+        return made, fault
+
+    def summary(self) -> str:
+        """One line: how many images became smaller, bytes, pixels."""
+        about = self._shrink.about()
+        side = about["shorter_side"]
+        if not self._images:
+            return "no image was read: all shards were there"
+        if not self._changed:
+            return (
+                f"warning: no image is larger than --shorter-side {side}, and all "
+                f"{self._images:,} are stored as they are"
+            )
+        compared = ""
+        if self._differences:
+            compared = (
+                f"; a pixel differs by {np.mean(self._differences):.2f} of 255 on average from "
+                f"that before JPEG ({len(self._differences):,} images compared)"
+            )
+        return (
+            f"{self._changed:,} of {self._images:,} images made smaller, to a shorter side of "
+            f"{side} pixels, JPEG of quality {about['quality']}, {about['subsampling']}: "
+            f"{self._before / 1e6:,.1f} MB became {self._after / 1e6:,.1f} MB{compared}"
+        )
+
+
 class Shards:
     """The shards of one split in `folder`; stamps: of the source's files, as `_stamps` gives
-    them.
+    them. work: makes images smaller, None stores them as they are.
     """
 
     def __init__(
-        self, store: Store, folder: Path, split: str, form: str, stamps: NDArray[np.int64]
+        self,
+        store: Store,
+        folder: Path,
+        split: str,
+        form: str,
+        stamps: NDArray[np.int64],
+        work: Work | None = None,
     ):
+        self.notes, self.work = ImageNotes(store), work
         self._store, self._folder, self._split, self._form = store, folder, split, form
         self._stamps, self._source = stamps, os.fsencode(store.index.root) + b"/"
         folder.mkdir(exist_ok=True)
@@ -295,6 +474,8 @@ class Shards:
         name = f"{self._split}-{number:05}-of-{count:05}.{ENDINGS[self._form]}"
         file = self._folder / name
         if name in self._sums and file.exists() and _digest(file) == self._sums[name]:
+            for index, image in zip(part, self._images_of(file, Extents()), strict=True):
+                self.notes.add(index, image, image, self._store.name(index))
             return False, len(part)
         scratch = self._folder / f".{name}.part"
         try:
@@ -339,32 +520,58 @@ class Shards:
         """Write the samples; gives the SHA-256 of each image as it was read."""
         store = self._store
         with _writer(stream, self._form) as write:
-            for index in part:
-                image, label = store.read(index), int(store.labels[index])
-                write(index, image, store.member(index), label, store.classes[label])
+            for index, image, name in self._made(part):
+                label = int(store.labels[index])
+                write(index, image, name, label, store.classes[label])
                 yield hashlib.sha256(image).digest()
+
+    def _made(self, part: range) -> Iterator[tuple[int, bytes, str]]:
+        """(sample, what to store, CLASS/FILE) of these samples, in order."""
+        store, work = self._store, self.work
+        if work is None:
+            for index in part:
+                image, name = store.read(index), store.member(index)
+                self.notes.add(index, image, image, name)
+                yield index, image, name
+            return
+        waiting: deque[tuple[int, bytes, str, Future[tuple[Shrunk, str]]]] = deque()
+        for index in part:
+            image, name = store.read(index), store.member(index)
+            waiting.append((index, image, name, work.submit(index, image)))
+            if len(waiting) > work.ahead:
+                yield self._finished(*waiting.popleft())
+        while waiting:
+            yield self._finished(*waiting.popleft())
+
+    def _finished(
+        self, index: int, image: bytes, name: str, future: "Future[tuple[Shrunk, str]]"
+    ) -> tuple[int, bytes, str]:
+        made, fault = future.result()
+        self.notes.add(index, image, made.data, name, fault)
+        stem, ending = os.path.splitext(name)
+        if made.changed and ending.lower() not in (".jpg", ".jpeg"):
+            name = f"{stem}.jpg"
+        return index, made.data, name
 
     def _compare(self, file: Path, part: range, sums: list[bytes]) -> None:
         """Read the shard back, as training will, and compare it with what was to be written."""
         extents = Extents()
-        SCANS[self._form](file, extents)
+        found = [hashlib.sha256(image).digest() for image in self._images_of(file, extents)]
         names = list(extents.names)
         labels = [names[token] for token in extents.tokens]
         classes = self._store.classes
         expected = [int(label) for label in self._store.labels[part.start : part.stop]]
-        with file.open("rb") as stream:
-            places = zip(extents.offsets, extents.lengths, strict=True)
-            images = (
-                (os.pread(stream.fileno(), abs(length), offset), length >= 0)
-                for offset, length in places
-            )
-            found = [
-                hashlib.sha256(image if whole else join_recordio(image)).digest()
-                for image, whole in images
-            ]
         wanted = [classes[label] for label in expected] if self._form == "tfrecord" else expected
         if (found, labels) != (sums, wanted):
             raise OSError(f"{file} reads back otherwise than it was written")
+
+    def _images_of(self, file: Path, extents: Extents) -> Iterator[bytes]:
+        """The images in a shard; what its scan says goes to `extents`."""
+        SCANS[self._form](file, extents)
+        with file.open("rb") as stream:
+            for offset, length in zip(extents.offsets, extents.lengths, strict=True):
+                image = os.pread(stream.fileno(), abs(length), offset)
+                yield image if length >= 0 else join_recordio(image)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvd_lbt.data.class_names import hash_of
+from hvd_lbt.data.formats.side_files import pixels_of
 from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import UserError
@@ -26,6 +27,7 @@ WORDS = {
     "classes": "the class names or their order",
     "labels": "the labels",
     "samples": "the files",
+    "pixels": "the size of the stored images (data convert --shorter-side)",
 }
 
 
@@ -49,6 +51,8 @@ def identity(store: Store | SyntheticStore) -> Identity:
         else:
             sizes = np.abs(index.extents[:, 2]).astype("<i8")
             its["samples"] = _sha256(sizes.tobytes())
+        if made := pixels_of(index.root):  # without: as checkpoints of before have it
+            its["pixels"] = made
     return its
 
 

@@ -5,57 +5,41 @@ from pathlib import Path
 
 WANTED = "Needed are train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE), or shards"
 ARRAYS = "its images must be written as files first"
+CONVERT = "convert it: hvd_lbt data convert {data} OUT"
 # What a folder is, the files that show it (patterns below DATA), and what to do.
 LAYOUTS = (
     (
         "Kaggle's tree of ImageNet",
         ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "LOC_val_solution.csv"),
-        (
-            "give --data ILSVRC/Data/CLS-LOC, and first sort its val/, in that folder: "
-            "tail -n +2 ../../../LOC_val_solution.csv | while IFS=, read -r f l; "
-            'do mkdir -p "val/${l%% *}" && mv "val/$f.JPEG" "val/${l%% *}/"; done'
-        ),
+        CONVERT,
     ),
     (
         "ImageNet's own archives (a tar of tars for training, one without classes for val)",
         ("ILSVRC2012_img_*.tar", "*/ILSVRC2012_img_*.tar"),
-        (
-            "unpack the training images with: mkdir train && tar xf ILSVRC2012_img_train.tar "
-            "-C train "
-            '&& cd train && for t in *.tar; do mkdir "${t%.tar}" && tar xf "$t" -C "${t%.tar}" && '
-            'rm "$t"; done; and val into val/CLASS/FILE by the labels of its development kit'
-        ),
+        f"{CONVERT}; the development kit must lie beside them",
     ),
     (
         "ImageNet's validation images without their classes",
         tuple(f"{split}/ILSVRC2012_val_*.JPEG" for split in ("val", "test", "validation")),
-        (
-            "move each into val/CLASS/ by the labels of the development kit, or of Kaggle's "
-            "LOC_val_solution.csv"
-        ),
+        f"{CONVERT}; the development kit or Kaggle's LOC_val_solution.csv must lie in {{data}}",
     ),
-    (
-        "tiny-imagenet as it is downloaded",
-        ("val/val_annotations.txt",),
-        (
-            'move the images up with: for c in train/*/; do mv "$c"images/* "$c" && rmdir '
-            '"$c"images; '
-            'done; cd val && while read -r f c _; do mkdir -p "$c" && mv images/"$f" "$c/"; '
-            "done < val_annotations.txt && rmdir images && cd .. && mv test test-without-labels"
-        ),
-    ),
+    ("tiny-imagenet as it is downloaded", ("val/val_annotations.txt",), CONVERT),
     (
         "CIFAR's pickles",
         ("data_batch_1", "*/data_batch_1", "batches.meta", "*/batches.meta", "cifar-100-python"),
-        ARRAYS,
+        "give --data the archive (cifar-10-python.tar.gz) or the folder with all its files",
     ),
-    ("CIFAR's binary files", ("data_batch_1.bin", "*/data_batch_1.bin", "train.bin"), ARRAYS),
+    (
+        "CIFAR's binary files",
+        ("data_batch_1.bin", "*/data_batch_1.bin", "train.bin"),
+        "give --data the archive (cifar-10-binary.tar.gz) or the folder with all its files",
+    ),
     (
         "MNIST's idx files",
         ("*-images-idx3-ubyte*", "*/*-images-idx3-ubyte*", "*-images.idx3-ubyte*"),
-        ARRAYS,
+        "give --data the folder with all four files, images and labels of train and t10k",
     ),
-    ("Parquet files", ("*.parquet", "*/*.parquet"), ARRAYS),
+    ("Parquet files", ("*.parquet", "*/*.parquet"), CONVERT),
     ("Arrow files", ("*.arrow", "*/*.arrow"), ARRAYS),
     ("HDF5 files", ("*.h5", "*.hdf5", "*/*.h5", "*/*.hdf5"), ARRAYS),
     ("an LMDB database", ("data.mdb", "*/data.mdb", "*.lmdb", "*.mdb"), ARRAYS),
@@ -81,5 +65,6 @@ def raw_layout(data: Path) -> str:
                 return ""
             if found is not None:
                 name = found.relative_to(data)
-                return f"{data} has {what} ({name}), which are not read: {advice}. {WANTED}."
+                advice = advice.format(data=data)
+                return f"{data} has {what} ({name}), which is not read so: {advice}. {WANTED}."
     return ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hvd_lbt.data.class_names import CLASSES_FILE, read_classes
 from hvd_lbt.data.digits import write_digits
+from hvd_lbt.data.downloads import Download, open_small
 from hvd_lbt.data.formats import SplitError
 from hvd_lbt.data.index import open_index
 from hvd_lbt.data.index_store import Store
@@ -44,7 +45,14 @@ def open_train_split(
 ) -> Store:
     """The training split; its classes are the data set's."""
     with _raw_layout_named(data):
-        index = open_index(data, "train", timeout)
+        try:
+            index = open_index(data, "train", timeout)
+        except ReadError:
+            raise
+        except UserError:
+            if (found := _small(data, classes_file)) is None:
+                raise
+            return found.train
         return Store(index, named=_named(data, classes_file, timeout, index.token_names))
 
 
@@ -56,9 +64,33 @@ def open_test_split(
 ) -> Store:
     """The test split (DATA/test, or DATA/val where there is none) with the training's classes."""
     with _raw_layout_named(data):
-        index = open_index(data, "test", timeout)
+        try:
+            index = open_index(data, "test", timeout)
+        except ReadError:
+            raise
+        except UserError:
+            if (found := _small(data, classes_file)) is None or found.test is None:
+                raise
+            if found.train.classes != classes:
+                raise UserError(
+                    f"{data} has other classes than the training images' {len(classes):,}."
+                ) from None
+            return found.test
         named = _named(data, classes_file, timeout, index.token_names, classes)
         return Store(index, classes, named)
+
+
+def _small(data: Path, classes_file: str | Path | None) -> Download | None:
+    """CIFAR's or MNIST's own files, in memory; None if DATA has none of them."""
+    try:
+        found = open_small(data)
+    except OSError as error:
+        raise UserError(f"--data {data} cannot be read ({error}).") from error
+    if found is not None and classes_file is not None:
+        raise UserError(
+            f"data.classes {classes_file} has no effect: {found.what} has classes of its own."
+        )
+    return found
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Window:
     """
 
     def __init__(self, descriptor: int, file: Path, first: int = 0, size: int | None = None):
-        self.file, self._descriptor, self._first = file, descriptor, first
+        self.file, self.descriptor, self._first = file, descriptor, first
         self.size = os.fstat(descriptor).st_size if size is None else size
         self.within = size is not None
         self._start, self._bytes = 0, b""
@@ -66,7 +66,7 @@ class Window:
             if at + count > self.size:
                 raise self.error(f"is cut off at byte {self.size:,}")
             self._start, place = at, 0
-            self._bytes = os.pread(self._descriptor, max(WINDOW, count), self._first + at)
+            self._bytes = os.pread(self.descriptor, max(WINDOW, count), self._first + at)
             if len(self._bytes) < count:
                 raise self.error(f"is cut off at byte {at + len(self._bytes):,}")
         return self._bytes[place : place + count]

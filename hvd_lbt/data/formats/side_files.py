@@ -10,6 +10,7 @@ from hvd_lbt.terminal import printable
 
 SUMS_FILE = "sha256sums.txt"  # of `hvd_lbt data convert`, as sha256sum -c reads it
 ABOUT_FILE = "convert.json"  # of `hvd_lbt data convert`: how many samples there are
+SHRINK_KEY = "shrink"  # in it: what made the images smaller, if anything did
 TFDS_FILE = "dataset_info.json"  # of TensorFlow Datasets: the same for each shard
 LARGEST = 1 << 30  # bytes of an .idx file that are read
 
@@ -61,6 +62,18 @@ def compare_with_counts(root: Path, split: str, count: int, findings: Findings) 
                     f"{printable(root)} has {count:,} samples, and {printable(file)} says "
                     f"{expected:,}: shards are missing or damaged. If that is meant, remove {name}."
                 )
+
+
+def pixels_of(root: Path) -> str:
+    """What made the images of a converted split smaller, as JSON; "" if nothing did."""
+    file = root.parent / ABOUT_FILE
+    try:
+        if file.stat().st_size > LARGEST:
+            return ""
+        about = json.loads(file.read_bytes())
+        return json.dumps(about[SHRINK_KEY], sort_keys=True) if SHRINK_KEY in about else ""
+    except (OSError, ValueError, TypeError, RecursionError):
+        return ""
 
 
 def _converted(about: dict, split: str) -> int | None:
