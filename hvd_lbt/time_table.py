@@ -31,6 +31,8 @@ def render_times(
     """Hours and what they are made of, for each number of workers; price: of a worker-hour."""
     if recipe.data.cache_on_device:  # no input to wait for
         profile = replace(profile, input_images_per_second=LARGEST)
+    if recipe.run.compile:  # all gradients arrive at the end of a compiled backward
+        profile = replace(profile, overlap=0.0)
     clusters = [_cluster(recipe, count) for count in dict.fromkeys(workers)]
     by_workers = [stage_times(plan, profile, cluster) for cluster in clusters]
     return Group(
@@ -156,19 +158,26 @@ def _notes(
                 f"Warning: the profile has no time for images of {size} px; that of {nearest} px "
                 "is scaled by the pixels."
             )
-    for cluster, times in zip(clusters, by_workers, strict=True):
-        notes.extend(
-            f"Warning: in stage {time.stage.index + 1} {time.idle:,} of {cluster.workers:,} "
-            "workers have no samples; they are in the cost."
-            for time in times
-            if time.idle
-        )
+    for times in by_workers[1:]:  # the plan's own table says it of the first
+        notes.extend(_idle(times))
     if recipe.elastic.local_batch is not None:
         notes.append(
             f"A stage runs on ceil(global batch / {recipe.elastic.local_batch}) workers "
             "(elastic.local_batch), at most on as many as --workers says."
         )
     return notes
+
+
+def _idle(times: Sequence[StageTime]) -> list[str]:
+    """One line for all stages in which workers have no samples."""
+    idle = [time for time in times if time.idle]
+    if not idle:
+        return []
+    listed = "; ".join(
+        f"{time.idle:,} of {time.workers:,} in stage {time.stage.index + 1}" for time in idle[:8]
+    )
+    more = f", and in {len(idle) - 8} more stages" if len(idle) > 8 else ""
+    return [f"Warning: workers without samples: {listed}{more}. They are in the cost."]
 
 
 def _sums(times: Iterable[StageTime]) -> str:
@@ -192,10 +201,11 @@ def _cost(times: Iterable[StageTime], price: float | None) -> list[str]:
 
 
 def _hours(seconds: float | None) -> str:
-    return UNKNOWN if seconds is None else f"{seconds / 3600:,.3g}"
+    return _number(None if seconds is None else seconds / 3600)
 
 
 def _number(value: float | None, unit: str = "") -> str:
+    """Three digits, and never an exponent where there are more before the point."""
     if value is None:
         return UNKNOWN
     return f"{value:,.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"

@@ -15,6 +15,7 @@ It needs the standard library only.
 from hvd_lbt.schedule.layout import Layout, make_layout
 from hvd_lbt.schedule.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
 from hvd_lbt.schedule.plan import Plan, Stage, Update, make_plan
+from hvd_lbt.schedule.plan_time import Cluster, StageTime, stage_times
 from hvd_lbt.schedule.settings import (
     Cosine,
     Milestone,
@@ -23,21 +24,30 @@ from hvd_lbt.schedule.settings import (
     SettingError,
     WarmUp,
 )
+from hvd_lbt.schedule.speed import Link, SpeedProfile, UpdateTime, Work, update_time
 
 __all__ = [
+    "Cluster",
     "Cosine",
     "Layout",
+    "Link",
     "Milestone",
     "Plan",
     "ScaledStart",
     "Schedule",
     "SettingError",
+    "SpeedProfile",
     "Stage",
+    "StageTime",
     "Update",
+    "UpdateTime",
     "WarmUp",
+    "Work",
     "batch_of_equal_noise",
     "exact_noise_scale",
     "make_layout",
     "make_plan",
     "noise_scale",
+    "stage_times",
+    "update_time",
 ]

@@ -11,6 +11,7 @@ import pytest
 import speed_rows
 
 from hvd_lbt.schedule.calibrate import calibrate
+from hvd_lbt.speed_profile import load_profile
 
 
 def test_every_held_out_row_of_the_tables_is_within_ten_percent():
@@ -56,6 +57,32 @@ def test_without_two_nodes_the_link_between_them_is_not_known():
     assert speed_rows.seconds_of(step, 32, 64) == pytest.approx(0.31 + 0.04 * 1.5, rel=0.01)
     with pytest.raises(KeyError):
         calibrate({1: 0.3, 16: 0.31}, name="x", **table)
+
+
+@pytest.mark.parametrize(("name", "table"), [("v100_ethernet", "6"), ("v100_infiniband", "9")])
+def test_shipped_profiles_are_their_tables(name, table):
+    profile = load_profile(name)
+    rows = [row for row in speed_rows.table_rows() if row.what.startswith(f"{table}: ")]
+    assert len(rows) >= 5
+    for row in rows:
+        assert speed_rows.seconds_of(profile, row.workers, 256) == pytest.approx(
+            row.predicted, rel=0.002
+        )
+
+
+def test_the_shipped_profile_of_the_traces_is_their_fit():
+    profile = load_profile("t4_ethernet")
+    errors = [
+        speed_rows.seconds_of(
+            profile, int(row["workers"]), int(row["local_batch"]), nodes=int(row["nodes"])
+        )
+        / float(row["seconds"])
+        - 1
+        for row in speed_rows.read("speed_traces.csv")
+        if row["network"] == "imagenet" and int(row["workers"]) >= 48
+    ]
+    assert len(errors) == 32
+    assert mean(map(abs, errors)) <= 0.08
 
 
 def test_the_page_shows_the_rows_as_they_are():

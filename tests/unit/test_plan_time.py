@@ -107,7 +107,7 @@ def test_the_plan_compares_workers_and_policies(capsys, monkeypatch):
         # hours have three digits
         assert float(cost) == pytest.approx(int(workers) * float(hours) * 2.5, rel=0.01)
     assert len(re.findall(r"grow_batch \(this recipe\)", out)) == 2
-    assert "in stage 1 256 of 512 workers have no samples" in out
+    assert "workers without samples: 256 of 512 in stage 1; 256 of 512 in stage 2." in out
     assert "update_seconds is not measured" in out
     assert "github.com" in out or "Oneflow-Inc/DLPerf" in out
 
@@ -151,3 +151,23 @@ def test_shipped_profiles_name_their_source(name):
 
 def test_there_are_shipped_profiles():
     assert len(shipped_profiles()) >= 3
+
+
+def test_a_compiled_backward_hides_no_sum(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["plan", "imagenet_resnet50", "--speed", "t4_ethernet", "--workers", "64"]
+    shares = []
+    for compiled in ("false", "true"):
+        assert main([*words, "--set", f"run.compile={compiled}"]) == 0
+        shares.append(re.search(r"all │.*?(\d+)% │", capsys.readouterr().out)[1])
+    assert int(shares[0]) < int(shares[1])
+
+
+def test_long_runs_are_told_in_whole_hours(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "slow.yaml"
+    file.write_text(profile_text(replace(PROFILE, sample_seconds={224: 100.0})))
+    assert main(["plan", "imagenet_resnet50", "--speed", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"│\s+1 │\s+all │.*│\s+3,202,\d{3} │", out)  # 90 epochs of 1,281,167 images
+    assert "e+" not in out
