@@ -39,7 +39,12 @@ def render_times(
         Text(""),
         _stage_table(recipe, profile, clusters, by_workers, price),
         _policy_table(recipe, plan, profile, clusters, price),
-        *(Text(note) for note in _notes(recipe, profile, clusters, by_workers)),
+        *(Text(note) for note in _notes(recipe, profile, by_workers)),
+        *(
+            Text(f"No plan with policy {policy}: {reason}")
+            for policy, reason in policy_plans(recipe.schedule, plan.train_samples).items()
+            if isinstance(reason, str)
+        ),
     )
 
 
@@ -136,7 +141,6 @@ def _policy_table(
 def _notes(
     recipe: Recipe,
     profile: SpeedProfile,
-    clusters: Sequence[Cluster],
     by_workers: Sequence[tuple[StageTime, ...]],
 ) -> list[str]:
     notes = ["Predicted, not measured; without evaluations, checkpoints and start (docs/time.md)."]
@@ -156,7 +160,7 @@ def _notes(
         if (nearest := profile.unmeasured_size(size)) is not None:
             notes.append(
                 f"Warning: the profile has no time for images of {size} px; that of {nearest} px "
-                "is scaled by the pixels."
+                "is scaled by the pixels, which is too little for much smaller images."
             )
     for times in by_workers[1:]:  # the plan's own table says it of the first
         notes.extend(_idle(times))

@@ -26,6 +26,7 @@ FIXED_UNKNOWN = (
     "saves is underestimated"
 )
 LARGEST = 1e18  # of any number of a profile: nothing overflows below it
+LEAST = 1e-12  # of a number that is divided by
 
 
 class SpeedError(UserError):
@@ -53,7 +54,7 @@ class Link:
     congestion: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("bandwidth", self.bandwidth, above=0)
+        _check("bandwidth", self.bandwidth, least=LEAST)
         _check("latency", self.latency)
         _check("overhead", self.overhead)
         _check("congestion", self.congestion, most=1)
@@ -113,14 +114,14 @@ class SpeedProfile:
             )
         for size, seconds in self.sample_seconds.items():
             _check_whole("sample_seconds: image size", size)
-            _check(f"sample_seconds[{size}]", seconds, above=0)
+            _check(f"sample_seconds[{size}]", seconds, least=LEAST)
         if self.gradient_bytes is not None:
             _check_whole("gradient_bytes", self.gradient_bytes)
         _check_whole("messages", self.messages)
         _check("overlap", self.overlap, most=1)
         _check("hidden_share", self.hidden_share, most=1)
         if self.input_images_per_second is not None:
-            _check("input_images_per_second", self.input_images_per_second, above=0)
+            _check("input_images_per_second", self.input_images_per_second, least=LEAST)
         by_size = MappingProxyType(dict(sorted(self.sample_seconds.items())))
         object.__setattr__(self, "sample_seconds", by_size)
 
@@ -278,14 +279,14 @@ def keys_of(kind: type) -> dict[str, Any]:
     return {entry.name: entry.type for entry in fields(kind)}
 
 
-def _check(key: str, value: Any, *, above: float | None = None, most: float = LARGEST) -> None:
-    """A finite number of at least 0 (or above `above`), at most `most`."""
-    wanted = f"a number above {above:g}" if above is not None else "a number of at least 0"
-    if most < LARGEST:
-        wanted = f"a number from 0 to {most:g}"
+def _check(key: str, value: Any, *, least: float = 0.0, most: float = LARGEST) -> None:
+    """A finite number from `least` to `most`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not isfinite(value) or not 0 <= value <= most or value == above:
-        raise SpeedError(f"{key}: {_shown(value)} is not allowed; it must be {wanted}.")
+    if not number or not isfinite(value) or not least <= value <= most:
+        raise SpeedError(
+            f"{key}: {_shown(value)} is not allowed; it must be a number from {least:g} to "
+            f"{most:g}."
+        )
 
 
 def _check_whole(key: str, value: Any) -> None:

@@ -96,6 +96,15 @@ def test_large_batches_and_short_stages_are_doubted():
     assert [settling_updates(m) for m in (0.0, 0.9, 0.98, 1.0)] == [0, 29, 149, 0]
 
 
+def test_the_demo_is_warned_of(capsys, monkeypatch):
+    """512 of 1,437 samples in a batch: a run's begin shows the same table."""
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["plan", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "Warning: the global batch of stages 3, 4 (up to 512) is above a tenth" in out
+    assert "Warning: stages 3, 4 have fewer updates than the momentum takes to settle (29" in out
+
+
 def test_the_plan_compares_workers_and_policies(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     words = "imagenet_resnet50 --speed v100_infiniband --workers 64 512 --price 2.5"
@@ -126,6 +135,14 @@ def test_the_plan_compares_workers_and_policies(capsys, monkeypatch):
 def test_what_has_no_effect_or_no_meaning_is_refused(words, message, capsys):
     assert main(["plan", "digits", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_policy_that_cannot_be_has_its_reason(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ["digits", "--speed", "t4_ethernet", "--set", "schedule.milestones=[]"]
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    assert "No plan with policy hybrid: schedule.batch_milestones: 1 milestones are to" in out
 
 
 def test_another_model_and_size_are_said(tmp_path, capsys, monkeypatch):

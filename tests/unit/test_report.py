@@ -23,6 +23,8 @@ def test_runs_are_laid_over_each_other_in_one_file(tmp_path, capsys):
     assert html.count("5.00 %") == len(runs)  # of the time each waited for data
     assert html.count("1 samples were skipped; RUN/skipped_samples.*.txt lists them.") >= len(runs)
     assert len(list(out.glob("*.png"))) >= 4
+    # both groups have the milestones of digits; only the growing one goes beyond N/10
+    assert html.count("is above a tenth of the 1,437 training samples") == 1
 
 
 def test_a_run_that_stopped_and_skipped_is_told_as_it_is(tmp_path, capsys):
