@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "tests" / "golden"))
 
-from speed_rows import CONGESTION, Prediction, growth_steps, table_rows, trace_rows  # noqa: E402
+from speed_rows import CONGESTION, Prediction, growth_steps, line_rate_rows, table_rows, trace_rows  # noqa: E402
 
 from hvd_lbt.recipe import load_recipe  # noqa: E402
 from hvd_lbt.schedule.plan_time import Cluster, policy_plans, stage_times, total_seconds  # noqa: E402
@@ -49,6 +49,17 @@ def markdown() -> list[str]:
         lines.append(
             f"| {row.what} | {row.workers} | {row.published:.2f}× | {row.predicted:.2f}× | "
             f"{100 * row.error:+.1f} % |"
+        )
+    return lines
+
+
+def line_rate_markdown() -> list[str]:
+    """Horovod's tables, predicted from one GPU and the line rate."""
+    lines = ["| table | workers | published | predicted | error |", "| -- | -- | -- | -- | -- |"]
+    for row in line_rate_rows():
+        lines.append(
+            f"| {row.what} | {row.workers} | {1e3 * row.published:.0f} ms | "
+            f"{1e3 * row.predicted:.0f} ms | {100 * row.error:+.1f} % |"
         )
     return lines
 
@@ -183,7 +194,11 @@ def main() -> None:
     for name, theme in THEMES.items():
         file = DOCS / "images" / f"time_predicted_{name}.svg"
         draw(theme).savefig(file, format="svg", metadata={"Date": None})
-    print("\n".join([*markdown(), "", *trace_markdown(), "", *example_markdown()]))
+    print(
+        "\n".join(
+            [*markdown(), "", *line_rate_markdown(), "", *trace_markdown(), "", *example_markdown()]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Published speeds, which of their rows calibrate the model of an update's time, and the others.
 
-Rules, set before any error was looked at:
+The rules by which rows are chosen look at no error:
 
 - speed_tables.csv holds every collected table of one model on one kind of hardware with a fixed
   batch a worker, and with rows on one full node, on two, and on more. 1, R and 2R workers calibrate
   (R a node); rows beyond two nodes are held out; other rows on a part of a node are `inside`.
   Tables of parameter servers have no ring and no published line rate: they are kept in the file
   and left out.
+- speed_line_rate.csv: Horovod's own tables with NCCL, of 1 GPU and of 16 or 64. Only the GPU alone
+  calibrates: the network is a ring at 0.8 of the line rate, and nothing hides.
 - speed_traces.csv: AdaptDL's traces (Apache-2.0, github.com/petuum/adaptdl, branch osdi21-artifact,
   commit c793c708, simulator/traces), all placements with equal workers a node (but for one). Rows
   of at most 4 workers calibrate; the others are held out.
@@ -23,7 +25,7 @@ from typing import Literal
 
 from scipy.optimize import least_squares
 
-from hvd_lbt.schedule.calibrate import calibrate
+from hvd_lbt.schedule.calibrate import HOP_SECONDS, LINE_SHARE, MESSAGE_BYTES, calibrate
 from hvd_lbt.schedule.speed import Link, SpeedProfile, Work, fit_line, update_time
 
 HERE = Path(__file__).parent
@@ -89,6 +91,35 @@ def _table(rows: list[dict[str, str]]) -> list[Prediction]:
         )
         for workers, published in seconds.items()
     ]
+
+
+def line_rate_rows() -> list[Prediction]:
+    """Seconds of an update of many GPUs from one GPU and the line rate alone."""
+    rows = []
+    for row in read("speed_line_rate.csv"):
+        local_batch, size = int(row["local_batch"]), int(row["gradient_bytes"])
+        profile = SpeedProfile(
+            name="line rate",
+            workers_per_node=int(row["workers_per_node"]),
+            update_seconds=None,
+            sample_seconds={224: float(row["seconds_alone"]) / local_batch},
+            gradient_bytes=size,
+            messages=-(-size // int(MESSAGE_BYTES)),
+            within_node=Link(bandwidth=1e15),
+            between_nodes=Link(
+                bandwidth=LINE_SHARE * float(row["line_rate_gbit"]) * 1e9 / 8, latency=HOP_SECONDS
+            ),
+        )
+        rows.append(
+            Prediction(
+                what=f"{row['model']}, {row['network'].removesuffix(' NCCL')}",
+                workers=int(row["workers"]),
+                published=float(row["seconds"]),
+                predicted=seconds_of(profile, int(row["workers"]), local_batch),
+                role="held out",
+            )
+        )
+    return rows
 
 
 def _role(workers: int, on_node: int) -> Role:
