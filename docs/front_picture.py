@@ -14,29 +14,26 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from hvd_lbt.report.colours import PALETTE, assign
+
 DOCS = Path(__file__).parent
 STUDY = DOCS / "studies" / "fewer_updates.json"
 THEMES = {
-    "light": {
-        "ink": "#1f2328",
-        "grid": "#d8dee4",
-        "lines": ["#6e7781", "#0969da", "#1a7f37", "#bc4c00"],
-    },
-    "dark": {
-        "ink": "#e6edf3",
-        "grid": "#30363d",
-        "lines": ["#9198a1", "#58a6ff", "#3fb950", "#f0883e"],
-    },
+    "light": {"ink": "#1f2328", "grid": "#d8dee4"},
+    "dark": {"ink": "#e6edf3", "grid": "#30363d"},
 }
 
 
-def draw(arms: list[dict[str, Any]], theme: dict[str, Any]) -> Figure:
+def draw(arms: list[dict[str, Any]], name: str) -> Figure:
     """One line per schedule, labelled at its end with its updates and final accuracy."""
+    theme, form = THEMES[name], ("light", "dark").index(name)
     ink = theme["ink"]
+    # as the report colours them: one for each policy, others for more of the same policy
+    lines = [PALETTE[place][form] for place, _ in assign([arm["name"] for arm in arms])]
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="none")
     axes = figure.subplots()
     axes.set_facecolor("none")
-    for arm, colour in zip(arms, theme["lines"], strict=True):
+    for arm, colour in zip(arms, lines, strict=True):
         curve, final = arm["accuracy"], statistics.mean(arm["finals"])
         label = f"{arm['label']}: {arm['updates']:,} updates, {final:.2f} %"
         axes.plot(curve["updates"], curve["mean"], color=colour, linewidth=2.2, label=label)
@@ -64,9 +61,9 @@ def main() -> None:
     arms = json.loads(STUDY.read_text("utf-8"))["arms"]
     settings = {"font.size": 12, "svg.hashsalt": "hvd_lbt", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
-        for name, theme in THEMES.items():
+        for name in THEMES:
             file = DOCS / "images" / f"accuracy_over_updates_{name}.svg"
-            draw(arms, theme).savefig(file, metadata={"Date": None})
+            draw(arms, name).savefig(file, metadata={"Date": None})
             print(file)
 
 

@@ -1,22 +1,28 @@
 """The curves of a report: what was measured, evaluated and scheduled, over the runs of a group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_lbt.report.runs import Group
+from hvd_lbt.report.runs import Group, Run
 
 Floats = NDArray[np.float64]
 BINS = 120  # points of a measured curve: narrower than this a batch of 16 is mostly noise
+AXES = ("epochs", "updates", "samples", "hours")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """A curve over a group's runs; all arrays have the shape (points,)."""
+    """A curve over a group's runs; all arrays have the shape (points,).
+
+    hours: of the updates alone, without evaluations and what was done again after a resume.
+    """
 
     epochs: Floats
     updates: Floats
+    samples: Floats
+    hours: Floats
     mean: Floats
     low: Floats
     high: Floats
@@ -28,7 +34,8 @@ def measured(group: Group, key: str) -> Band:
     loss: mean over samples; images_per_second, data_wait: mean over time (so that images/s is
     images ÷ seconds). A bin without a finite value has no point.
     """
-    values, epochs, updates = (np.full((len(group.runs), BINS), np.nan) for _ in range(3))
+    values = np.full((len(group.runs), BINS), np.nan)
+    x = {axis: np.full_like(values, np.nan) for axis in AXES}
     for row, run in enumerate(group.runs):
         last = run.about["plan"]["stages"][-1]
         total = last["first_sample"] + last["samples"]
@@ -43,33 +50,47 @@ def measured(group: Group, key: str) -> Band:
         here = weights > 0
         values[row, here] = sums[here] / weights[here]
         ends = np.searchsorted(bins, np.arange(BINS), side="right")[here] - 1
-        epochs[row, here] = run.updates["epoch"][ends]
-        updates[row, here] = run.updates["update"][ends] + 1
-    return _band(epochs, updates, values)
+        for axis, column in _clocks(run).items():
+            x[axis][row, here] = column[ends]
+    return _band(x, values)
+
+
+def _clocks(run: Run) -> dict[str, Floats]:
+    """Where each update ends on each axis."""
+    columns = run.updates
+    seen = columns["samples_seen"]
+    clocks = {"epochs": columns["epoch"], "updates": columns["update"] + 1, "samples": seen}
+    return clocks | {"hours": run.hours}
 
 
 def evaluated(group: Group) -> Band:
     """Test accuracy in percent at each evaluation, over the group's runs."""
     counts = sorted({line["update"] for run in group.runs for line in run.evals})
     places = {count: place for place, count in enumerate(counts)}
-    values, epochs, updates = (np.full((len(group.runs), len(counts)), np.nan) for _ in range(3))
+    values = np.full((len(group.runs), len(counts)), np.nan)
+    x = {axis: np.full_like(values, np.nan) for axis in AXES}
     for row, run in enumerate(group.runs):
+        clocks = _clocks(run)
         for line in run.evals:
             place = places[line["update"]]
             values[row, place] = 100 * line["top1"]
-            epochs[row, place], updates[row, place] = line["epoch"], line["update"]
-    return _band(epochs, updates, values)
+            # of the last update before the evaluation that has a line
+            last = int(np.searchsorted(clocks["updates"], line["update"], side="right")) - 1
+            for axis, column in clocks.items():
+                x[axis][row, place] = column[last] if last >= 0 else 0.0
+            x["epochs"][row, place], x["updates"][row, place] = line["epoch"], line["update"]
+    return _band(x, values)
 
 
-def _band(epochs: Floats, updates: Floats, values: Floats) -> Band:
+def _band(x: dict[str, Floats], values: Floats) -> Band:
     here = np.isfinite(values).any(axis=0)
-    epochs, updates, values = epochs[:, here], updates[:, here], values[:, here]
+    values = values[:, here]
     if not here.any():
         empty = np.empty(0)
-        return Band(epochs=empty, updates=empty, mean=empty, low=empty, high=empty)
+        return Band(**dict.fromkeys(AXES, empty), mean=empty, low=empty, high=empty)
     return Band(
-        epochs=np.nanmax(epochs, axis=0),
-        updates=np.nanmax(updates, axis=0),
+        **{axis: np.nanmax(column[:, here], axis=0) for axis, column in x.items()}
+        | {"hours": np.nanmean(x["hours"][:, here], axis=0)},
         mean=np.nanmean(values, axis=0),
         low=np.nanmin(values, axis=0),
         high=np.nanmax(values, axis=0),
@@ -83,22 +104,28 @@ def scheduled(group: Group, key: str) -> Band:
     that were left, and is not a change of the schedule.
     """
     run = max(group.runs, key=lambda run: run.done)
-    columns = {k: run.updates[k] for k in ("epoch", "update", "samples_seen", "global_batch", key)}
-    batch = columns["global_batch"]
+    values, batch = run.updates[key], run.updates["global_batch"]
+    after = _clocks(run)
     if len(batch) > 1 and run.done == run.planned and batch[-1] < batch[-2]:
-        columns = {k: column[:-1] for k, column in columns.items()}
-    value = columns[key]
-    if not len(value):
-        return _band(*(np.empty((1, 0)) for _ in range(3)))
+        values, batch = values[:-1], batch[:-1]
+        after = {axis: column[:-1] for axis, column in after.items()}
+    if not len(values):
+        return _band({axis: np.empty((1, 0)) for axis in AXES}, np.empty((1, 0)))
     # Each span is drawn from before its first update to after its last one.
-    first = np.flatnonzero(np.r_[True, value[1:] != value[:-1]])
-    last = np.r_[first[1:] - 1, len(value) - 1]
-    seen = columns["samples_seen"]
-    share = 1 - columns["global_batch"] / seen  # samples before the update ÷ after it
-    ends = {
-        "epochs": (columns["epoch"] * share, columns["epoch"]),
-        "updates": (columns["update"], columns["update"] + 1),
+    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    last = np.r_[first[1:] - 1, len(values) - 1]
+    share = 1 - batch / after["samples"]  # samples before the update ÷ after it
+    before = {
+        "epochs": after["epochs"] * share,
+        "updates": after["updates"] - 1,
+        "samples": after["samples"] - batch,
+        "hours": np.r_[0.0, after["hours"][:-1]],
     }
-    x = {k: np.c_[before[first], after[last]].ravel() for k, (before, after) in ends.items()}
-    level = np.repeat(value[first], 2)
+    x = {axis: np.c_[before[axis][first], after[axis][last]].ravel() for axis in AXES}
+    level = np.repeat(values[first], 2)
     return Band(**x, mean=level, low=level, high=level)
+
+
+def in_percent(band: Band) -> Band:
+    """A band of shares as percent."""
+    return replace(band, mean=100 * band.mean, low=100 * band.low, high=100 * band.high)

@@ -1,6 +1,7 @@
 """The pictures of a report, as PNG files in memory."""
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from hvd_lbt.report.curves import BINS, Band, Floats, evaluated, measured, scheduled
+from hvd_lbt.report.curves import BINS, Band, Floats, evaluated, in_percent, measured, scheduled
 from hvd_lbt.report.runs import Group
 from hvd_lbt.terminal import printable
 
@@ -26,6 +27,7 @@ FONTS: dict[Any, Any] = {
     "axes.axisbelow": True,
 }
 LABEL = 90  # characters of a label in a legend
+LEGEND_WIDTH = 55  # characters of a line in a picture's legend: of the widest, as W, 9 of 12 inches
 
 
 def draw_loss(groups: Sequence[Group]) -> bytes:
@@ -86,16 +88,7 @@ def draw_speed(groups: Sequence[Group]) -> bytes:
             from_zero(axes, values)
 
     waits = [measured(group, "data_wait") for group in groups]
-    percent = [
-        Band(
-            epochs=band.epochs,
-            updates=band.updates,
-            mean=100 * band.mean,
-            low=100 * band.low,
-            high=100 * band.high,
-        )
-        for band in waits
-    ]
+    percent = [in_percent(band) for band in waits]
     rows: list[Row] = [
         ("images/s", [measured(group, "images_per_second") for group in groups], per_second),
         ("waiting for data,\n% of the time", percent, from_zero),
@@ -110,9 +103,11 @@ Row = tuple[str, list[Band], Scale]
 def _picture(groups: Sequence[Group], rows: Sequence[Row], *, height: float = 3.9) -> bytes:
     """Draw rows of quantities, each against epochs (left) and updates (right), legend on top."""
     with matplotlib.rc_context(FONTS):
-        labels = [_legend_label(group) for group in groups]
-        columns = max(1, min(3, 110 // max(len(label) + 8 for label in labels)))
-        legend_rows = -(-len(groups) // columns)
+        labels = [textwrap.fill(legend_label(group), LEGEND_WIDTH) for group in groups]
+        rows_each = [label.split("\n") for label in labels]
+        widest = max(len(row) for each in rows_each for row in each)
+        columns = max(1, min(3, 110 // (widest + 8)))
+        legend_rows = -(-len(groups) // columns) * max(map(len, rows_each))
         size = (12, height * len(rows) + 0.35 * legend_rows + 0.5)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", squeeze=False)
@@ -157,7 +152,8 @@ def _draw(axes: Axes, x: Floats, band: Band, group: Group) -> None:
         axes.fill_between(x, band.low, band.high, color=marker["color"], alpha=0.2, linewidth=0)
 
 
-def _legend_label(group: Group) -> str:
+def legend_label(group: Group) -> str:
+    """A group's name as a legend shows it: no longer than LABEL, with how many runs it has."""
     count = len(group.runs)
     label = printable(group.label)
     label = label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"

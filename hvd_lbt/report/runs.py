@@ -11,15 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.report.colours import COLOURS, DASHES, assign
 from hvd_lbt.report.lines import KEYS, Line, read_lines
 
 Floats = NDArray[np.float64]
 NAMED = 5  # damaged lines that are named, of all that are counted
-
-# Okabe and Ito's colours, distinct in all common forms of colour blindness; yellow is too faint
-# for a line on white. From the eighth group on they come again with another dash.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +48,12 @@ class Run:
         return float(seconds @ self.updates["data_wait"]) / total if total else None
 
     @property
+    def hours(self) -> Floats:
+        """Where each update ends, in hours of the updates before it and its own."""
+        seconds = self.updates["global_batch"] / self.updates["images_per_second"]
+        return np.cumsum(seconds) / 3600
+
+    @property
     def policy(self) -> str:
         return str(self.about["recipe"]["schedule"]["policy"])
 
@@ -79,6 +81,9 @@ class Group:
     label: str
     runs: list[Run]
     style: dict[str, Any] = field(default_factory=dict)
+    """Of its line in matplotlib's words."""
+    colour: int = 0
+    """Its place in the palette."""
 
     def finals(self) -> list[float]:
         """Final test accuracies, 0..1, of the runs that reached the end of the plan."""
@@ -262,15 +267,17 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put runs together that differ only by run.seed, in the order given, each group labelled."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(settings_of(run), sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
+    looks = assign([members[0].policy for members in groups.values()])
     return [
         Group(
             label=label,
             runs=members,
+            colour=looks[place][0],
             style={
-                "color": COLOURS[place % len(COLOURS)],
-                "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+                "color": COLOURS[looks[place][0]],
+                "linestyle": DASHES[looks[place][1]],
                 # Curves that lie on each other are all seen if the later ones are thinner.
                 "linewidth": max(1.4, 3.0 - 0.7 * place),
                 "zorder": 3 + place,
@@ -280,7 +287,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings_of(run: Run) -> dict[str, Any]:
     """All that makes a run but its seed, as a flat dictionary of dotted keys."""
     flat: dict[str, Any] = {}
 
@@ -305,7 +312,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     labels = [
         run.policy if len(set(names)) == 1 else f"{run.about['name']} {run.policy}" for run in runs
     ]
-    settings = [_settings(run) for run in runs]
+    settings = [settings_of(run) for run in runs]
     for label in {label for label in labels if labels.count(label) > 1}:
         places = [place for place, other in enumerate(labels) if other == label]
         keys = dict.fromkeys(key for place in places for key in settings[place])

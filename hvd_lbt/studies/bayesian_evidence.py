@@ -25,8 +25,8 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.log.provenance import revision, versions
 from hvd_lbt.measure.evidence import find_evidence, null_evidence
 from hvd_lbt.plain_yaml import read_text
+from hvd_lbt.report.colours import COLOURS
 from hvd_lbt.report.pictures import FONTS
-from hvd_lbt.report.runs import COLOURS
 from hvd_lbt.rounding import five_digits
 from hvd_lbt.studies.trainings import made_with
 

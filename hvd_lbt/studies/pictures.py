@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from hvd_lbt.report.colours import COLOURS
 from hvd_lbt.report.pictures import FONTS
-from hvd_lbt.report.runs import COLOURS
 
 Results = dict[str, Any]
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
