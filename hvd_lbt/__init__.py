@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from importlib.metadata import version
 
     from hvd_lbt.comm import init, shutdown
-    from hvd_lbt.errors import UserError
+    from hvd_lbt.errors import OutOfMemoryError, UserError
     from hvd_lbt.models.ghost_norm import GhostBatchNorm2d
     from hvd_lbt.optim import FusedSGD
     from hvd_lbt.reducer import GradientReducer
@@ -53,6 +53,7 @@ _HOME = {
     "GhostBatchNorm2d": "models.ghost_norm",
     "GradientReducer": "reducer",
     "MicroBatches": "sampler",
+    "OutOfMemoryError": "errors",
     "PlanSampler": "sampler",
     "Tally": "training",
     "Training": "training",
@@ -69,6 +70,7 @@ __all__ = [
     "Layout",
     "MicroBatches",
     "Milestone",
+    "OutOfMemoryError",
     "Plan",
     "PlanSampler",
     "ScaledStart",

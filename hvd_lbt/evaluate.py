@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
-from hvd_lbt.recipe import DataRecipe
+from hvd_lbt.recipe import DataRecipe, Recipe
 from hvd_lbt.world import World
 
 
@@ -152,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         model.to(device),
         store,
         recipe.data,
-        micro_batch=recipe.layout.micro_batch,
+        micro_batch=_micro_batch(state, recipe),
         world=world,
         allreduce=comm.allreduce_,
         device=device,
@@ -166,6 +167,14 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(result)), flush=True)
     comm.shutdown()
     return 0
+
+
+def _micro_batch(state: Mapping[str, Any], recipe: Recipe) -> int:
+    """The recipe's, or what the run had found for it."""
+    if recipe.layout.micro_batch != "auto":
+        return recipe.layout.micro_batch
+    found: int = state["micro_batch"]["evaluation"]
+    return found
 
 
 def local_device(world: World) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.sampler import MicroBatches
-from hvd_lbt.schedule.layout import count_ghost_batches
+from hvd_lbt.schedule.layout import largest_share
 from hvd_lbt.schedule.plan import Update, layout_of
 from hvd_lbt.world import World
 
@@ -24,11 +24,14 @@ class MicroBatchSizes:
     """Samples of one forward, at most.
 
     stages: by stage of the plan, each a multiple of the stage's ghost batch; evaluation: of test
-    images.
+    images. asked: what the recipe says, a number or auto; hardware: of the ranks that began with
+    these.
     """
 
     stages: tuple[int, ...]
     evaluation: int
+    asked: int | str = "auto"
+    hardware: tuple[str, ...] = ()
 
     def smaller(
         self, update: Update, ghost_batches: Sequence[int], world: World
@@ -51,17 +54,22 @@ class MicroBatchSizes:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        return {"stages": list(self.stages), "evaluation": self.evaluation}
+        return {
+            "stages": list(self.stages),
+            "evaluation": self.evaluation,
+            "asked": self.asked,
+            "hardware": list(self.hardware),
+        }
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "MicroBatchSizes":
         """What `to_dict` gave."""
-        return cls(stages=tuple(state["stages"]), evaluation=state["evaluation"])
-
-
-def largest_share(global_batch: int, ghost_batch: int, workers: int) -> int:
-    """Samples of the worker with most ghost batches, each counted as whole."""
-    return -(-count_ghost_batches(global_batch, ghost_batch) // workers) * ghost_batch
+        return cls(
+            stages=tuple(state["stages"]),
+            evaluation=state["evaluation"],
+            asked=state["asked"],
+            hardware=tuple(state["hardware"]),
+        )
 
 
 class UpdateStream(Generic[Batch]):

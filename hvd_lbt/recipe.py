@@ -14,7 +14,15 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.errors import RenamedWarning, UserError
@@ -26,6 +34,7 @@ MAX_REASONS = 8  # errors of one recipe that are written out
 
 # The upper bounds are far beyond any training: within them nothing overflows or takes for ever.
 MAX_MICRO_BATCHES = 65_536  # of one update, on all workers together
+MAX_MICRO_BATCH = 2**20
 Count = Annotated[int, Field(ge=1, le=10**10)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -177,17 +186,23 @@ class OptimizerRecipe(_Section):
     """Weight decay on batch norm's parameters and on biases too."""
 
 
+def _number_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_MICRO_BATCH):
+        return value
+    raise ValueError(f"it must be a number from 1 to {MAX_MICRO_BATCH:,}, or auto")
+
+
 class LayoutRecipe(_Section):
     """How a global batch is cut."""
 
-    micro_batch: Annotated[int, Field(ge=1, le=2**20)]
-    """Samples of one forward, at most; what fits into a worker's memory."""
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)]
+    """Samples of one forward, at most; auto: the fastest that leaves memory, tried at the start."""
     ghost_batch: Annotated[int, Field(ge=1, le=2**20)]
     """Samples that share batch-norm statistics."""
 
     @model_validator(mode="after")
     def _whole_ghost_batches(self) -> "LayoutRecipe":
-        if self.micro_batch % self.ghost_batch:
+        if self.micro_batch != "auto" and self.micro_batch % self.ghost_batch:
             raise ValueError(
                 f"layout.micro_batch: {self.micro_batch} is no multiple of layout.ghost_batch = "
                 f"{self.ghost_batch}; it must be, since ghost batches are not cut."
@@ -265,16 +280,19 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _whole_ghost_batches_in_all_stages(self) -> "Recipe":
+        micro_batch = self.layout.micro_batch
+        if micro_batch == "auto":
+            return self
         for place, milestone in enumerate(self.schedule.milestones):
-            if milestone.ghost_batch and self.layout.micro_batch % milestone.ghost_batch:
+            if milestone.ghost_batch and micro_batch % milestone.ghost_batch:
                 raise ValueError(
                     f"schedule.milestones[{place}].ghost_batch: {milestone.ghost_batch} does not "
-                    f"divide layout.micro_batch = {self.layout.micro_batch}; it must."
+                    f"divide layout.micro_batch = {micro_batch}; it must."
                 )
         largest = max(phase.global_batch for phase in phases(self.schedule))
-        if largest > MAX_MICRO_BATCHES * self.layout.micro_batch:
+        if largest > MAX_MICRO_BATCHES * micro_batch:
             raise ValueError(
-                f"layout.micro_batch: {self.layout.micro_batch} cuts the largest global batch, "
+                f"layout.micro_batch: {micro_batch} cuts the largest global batch, "
                 f"{largest:,}, into more than {MAX_MICRO_BATCHES:,} micro-batches; it must be at "
                 f"least {-(-largest // MAX_MICRO_BATCHES)}."
             )

@@ -1,6 +1,6 @@
 """The table of a plan's stages: one set of columns for the terminal and for the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lbt.recipe import Recipe
-from hvd_lbt.schedule.layout import count_ghost_batches, make_layout
+from hvd_lbt.schedule.layout import count_ghost_batches, largest_share, make_layout
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan, Stage, target_workers
 from hvd_lbt.schedule.plan_warnings import plan_warnings
@@ -34,16 +34,21 @@ def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
     }
 
 
-def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
+def render_plan(
+    recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int] = ()
+) -> RenderableType:
     """The stages as a table for the terminal, with what `workers` workers do in one update.
 
     A recipe that says what a worker is for (elastic.local_batch) counts its own workers.
+    micro_batches: of each stage, where a run has chosen them; else those of the recipe.
     """
     rows = []
     for stage in plan.stages:
         target = target_workers(stage, recipe.elastic.local_batch)
         cells = stage_cells(asdict(stage), plan.train_samples)
-        cells["micro-batches a worker"] = _shares(recipe, stage, target or workers).text
+        cells["micro-batches a worker"] = _shares(
+            recipe, stage, target or workers, micro_batches
+        ).text
         rows.append(cells | ({"workers": f"{target:,}"} if target else {}))
     table = Table(
         title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, "
@@ -53,16 +58,16 @@ def render_plan(recipe: Recipe, plan: Plan, workers: int) -> RenderableType:
         table.add_column(heading, justify="right")
     for cells in rows:
         table.add_row(*cells.values())
-    return Group(table, *(Text(note) for note in _notes(recipe, plan, workers)))
+    return Group(table, *(Text(note) for note in _notes(recipe, plan, workers, micro_batches)))
 
 
-def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
+def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int]) -> list[str]:
     """What the table does not show: doubts, idle workers, a smaller last update and the like."""
     notes = plan_warnings([asdict(stage) for stage in plan.stages], plan.train_samples)
     unmeasured = []
     for stage in plan.stages:
         wanted = target_workers(stage, recipe.elastic.local_batch) or workers
-        shares = _shares(recipe, stage, wanted)
+        shares = _shares(recipe, stage, wanted, micro_batches)
         if shares.micro_batches == 1 and recipe.run.noise_every:
             unmeasured.append(str(stage.index + 1))
         if shares.idle:
@@ -87,6 +92,11 @@ def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
             f"The last update takes {last:,} samples, one more than the others: a single sample "
             "was left, and batch norm needs two."
         )
+    if recipe.layout.micro_batch == "auto" and not micro_batches:
+        notes.append(
+            "layout.micro_batch: auto is chosen when the run starts, between one ghost batch and "
+            "all samples that a worker has of an update: the fastest that leaves 8 % of memory."
+        )
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:
         notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
@@ -98,14 +108,18 @@ def _notes(recipe: Recipe, plan: Plan, workers: int) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shares:
-    """Of one update: micro-batches of each worker, such as `2 × 64`, of all, and idle workers."""
+    """Of one update: micro-batches of each worker, such as `2 × 64`, of all (None: not chosen
+    yet), and idle workers.
+    """
 
     text: str
-    micro_batches: int
+    micro_batches: int | None
     idle: int
 
 
-def _shares(recipe: Recipe, stage: Stage, workers: int) -> _Shares:
+def _shares(
+    recipe: Recipe, stage: Stage, workers: int, micro_batches: Sequence[int] = ()
+) -> _Shares:
     """What `workers` workers do, from three of them: the others do the same as one of these.
 
     Of G ghost batches on W workers, G mod W workers have one more than the others: the first worker
@@ -113,25 +127,32 @@ def _shares(recipe: Recipe, stage: Stage, workers: int) -> _Shares:
     one.
     """
     ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
+    chosen = micro_batches[stage.index] if micro_batches else recipe.layout.micro_batch
+    most = largest_share(stage.global_batch, ghost_batch, workers)
     fewest, more = divmod(count_ghost_batches(stage.global_batch, ghost_batch), workers)
     of_one = {
         rank: make_layout(
             stage.global_batch,
             rank=rank,
             size=workers,
-            micro_batch=recipe.layout.micro_batch,
+            micro_batch=most if chosen == "auto" else chosen,
             ghost_batch=ghost_batch,
         ).micro_batches
         for rank in {0, -(-workers // max(1, more)) - 1, workers - 1}
     }
     few, many = len(of_one[0]), len(of_one[workers - 1])
     sizes = {len(part) for parts in of_one.values() for part in parts}
+    idle = 0 if fewest else workers - more
+    if chosen == "auto":
+        ends = sorted({ghost_batch, max(sizes)})
+        text = f"auto, {'–'.join(map(str, ends))} each"
+        return _Shares(text=text, micro_batches=None, idle=idle)
     number = "–".join(f"{count:,}" for count in sorted({few, many}))
     size = "–".join(str(size) for size in sorted({min(sizes), max(sizes)}))
     return _Shares(
         text=f"{number} × {size}",
         micro_batches=few * (workers - more) + many * more,
-        idle=0 if fewest else workers - more,
+        idle=idle,
     )
 
 

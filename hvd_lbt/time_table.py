@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import lcm
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan
 from hvd_lbt.schedule.plan_time import (
     Cluster,
@@ -51,11 +53,21 @@ def render_times(
 def _cluster(recipe: Recipe, workers: int) -> Cluster:
     return Cluster(
         workers=workers,
-        micro_batch=recipe.layout.micro_batch,
+        micro_batch=_micro_batch(recipe),
         ghost_batch=recipe.layout.ghost_batch,
         image_size=recipe.data.image_size,
         local_batch=recipe.elastic.local_batch,
     )
+
+
+def _micro_batch(recipe: Recipe) -> int:
+    """That of the recipe; for auto one that holds the largest update, in whole ghost batches."""
+    if recipe.layout.micro_batch != "auto":
+        return recipe.layout.micro_batch
+    milestones = recipe.schedule.milestones
+    whole = lcm(recipe.layout.ghost_batch, *(m.ghost_batch or 1 for m in milestones))
+    largest = max(phase.global_batch for phase in phases(recipe.schedule))
+    return -(-largest // whole) * whole
 
 
 def _stage_table(
@@ -144,6 +156,11 @@ def _notes(
     by_workers: Sequence[tuple[StageTime, ...]],
 ) -> list[str]:
     notes = ["Predicted, not measured; without evaluations, checkpoints and start (docs/time.md)."]
+    if recipe.layout.micro_batch == "auto":
+        notes.append(
+            "layout.micro_batch: auto is chosen when the run starts; predicted is one micro-batch "
+            "an update and worker."
+        )
     if profile.source:
         notes.append(f"Source of {profile.name}: {profile.source}")
     unknown = dict.fromkeys(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvd_lbt import comm
+from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.identity import Identity, same_on_all_ranks
+from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.samples import Batch
 from hvd_lbt.data.store import Store, open_data
 from hvd_lbt.data.synthetic import SyntheticStore
@@ -187,7 +189,6 @@ def _begin(
     classes: Sequence[str],
     world: World,
     state: dict[str, Any] | None,
-    graphs: int,
 ) -> Training:
     """The training with the weights of `state`, or new ones: the same on all ranks."""
     training = make_training(
@@ -195,7 +196,7 @@ def _begin(
         len(classes),
         world=world,
         device=local_device(world),
-        graphs=graphs,
+        graphs=0,  # as many as there are sizes, see _stream
     )
     if has_single_samples(plan, recipe.layout.ghost_batch):
         check_one_sample(training.model, recipe.data.image_size)
@@ -212,6 +213,7 @@ def _stream(
     updates: Sequence[Update],
     store: Store | SyntheticStore,
     world: World,
+    sizes: MicroBatchSizes,
     log: RunLog,
 ) -> UpdateStream[Batch]:
     """The samples of `updates`, in micro-batches for this rank."""
@@ -229,10 +231,10 @@ def _stream(
         )
         return made
 
-    size = recipe.layout.micro_batch
-    sizes = MicroBatchSizes(stages=(size,) * len(plan.stages), evaluation=size)
-    ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
-    return UpdateStream(updates, make, world, sizes, ghosts)
+    stream = UpdateStream(updates, make, world, sizes, ghost_batches(recipe, plan))
+    if recipe.run.compile:
+        allow_graphs(len(stream.shapes(sizes)))
+    return stream
 
 
 def train(
@@ -266,10 +268,15 @@ def train(
             print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
         return 0  # a requeued job has nothing left to do, which is no failure
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
+    training = _begin(recipe, plan, train_store.classes, world, state)
+    if recipe.data.cache_on_device and recipe.layout.micro_batch == "auto":
+        keep_images((train_store, test_store), recipe.data, training.device)
+    same_job = membership is not None and state is membership.state
+    classes, gather = len(train_store.classes), comm.allgather_object
+    kept = state.get("micro_batch") if state else None
+    start = starting_sizes(recipe, plan, training, world, classes, kept, same_job, gather)
     log = RunLog(out, world, plan, first_update)
-    stream = _stream(recipe, plan, updates, train_store, world, log)
-    graphs = len(stream.shapes(stream.sizes))
-    training = _begin(recipe, plan, train_store.classes, world, state, graphs)
+    stream = _stream(recipe, plan, updates, train_store, world, start.sizes, log)
     best_top1 = state["best_top1"] if state else -1.0
     run = _Run(
         recipe=recipe,
@@ -279,13 +286,11 @@ def train(
         classes=train_store.classes,
         splits=splits,
         test_store=test_store,
-        checkpoints=Checkpoints(
-            out / "checkpoints", recipe.run, world, comm.allgather_object, best_top1, owner
-        ),
+        checkpoints=Checkpoints(out / "checkpoints", recipe.run, world, gather, best_top1, owner),
         log=log,
         stream=stream,
     )
-    run.log.begin(recipe, len(test_store), first_update)
+    run.log.begin(recipe, len(test_store), first_update, start.to_dict(), start.lines)
     if membership:
         membership.begin(plan.stages[updates[0].stage], at_end=run.log.close, stop=stop)
 

@@ -146,6 +146,22 @@ class Training:
             self.statistics.fold(update.global_batch)
         return Tally(sums=sums, skipped=skipped)
 
+    def rehearse(self, ghost_batch: int, *batch: Any) -> None:
+        """Forward and backward of one micro-batch, without a sum: to see what it takes.
+
+        Nothing else of an update is done, and `forget` discards what this leaves. Memory that runs
+        out in forward raises; in backward `reducer.dropped` says so.
+        """
+        self.statistics.use_ghost_batch(ghost_batch)
+        loss, _ = self._forward(*batch)
+        self.reducer.backward(loss / len(batch[0]), last=False)
+
+    def forget(self) -> None:
+        """Discard the gradients and statistics of what was rehearsed."""
+        self.reducer.forget()
+        self.statistics.discard()
+        self.noise.discard()
+
     def _make_momenta(self) -> None:
         """Allocate the momentum buffers before the step, which no rank may leave by an error."""
         try:

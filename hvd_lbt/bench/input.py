@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_lbt import arguments
+from hvd_lbt.auto_micro_batch import number_of
 from hvd_lbt.bench.harness import (
     Lines,
     Subject,
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
     recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
-    args.threads, args.micro_batch = threads, args.micro_batch or recipe.layout.micro_batch
+    args.threads = threads
+    args.micro_batch = args.micro_batch or number_of(recipe, "give --micro-batch N")
     lines = Lines("input", settings=vars(args), path=args.out)
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data or write_photographs(Path(scratch, "folder"))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hvd_lbt import comm
 from hvd_lbt.arguments import count
+from hvd_lbt.auto_micro_batch import find, fixed
 from hvd_lbt.bench.harness import (
     Lines,
     add_common_arguments,
@@ -27,12 +28,14 @@ from hvd_lbt.bench.harness import (
 from hvd_lbt.errors import UserError
 from hvd_lbt.evaluate import local_device
 from hvd_lbt.hyperparameters import make_optimizer
+from hvd_lbt.memory import memory_of
 from hvd_lbt.models import build_model, compiled
+from hvd_lbt.probe import Demand
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.sampler import by_update
-from hvd_lbt.schedule.layout import make_layout
+from hvd_lbt.schedule.layout import largest_share, make_layout
 from hvd_lbt.schedule.plan import Update, layout_of
-from hvd_lbt.training import make_training
+from hvd_lbt.training import Training, make_training
 from hvd_lbt.world import World
 
 LR = 0.01
@@ -79,6 +82,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repetitions=10)
 
 
+def _with_number(recipe: Recipe, global_batch: int, training: Training, world: World) -> Recipe:
+    """The recipe with what layout.micro_batch: auto finds for this batch, on all ranks."""
+    memory = memory_of(training.device, world.local_size)
+    comm.barrier()
+    ghosts = recipe.layout.ghost_batch
+    demand = Demand(
+        image_size=recipe.data.image_size,
+        ghost_batch=ghosts,
+        most=largest_share(global_batch, ghosts, world.size),
+    )
+    gather = comm.allgather_object
+    found = find(recipe, [demand], training, memory, classes=10, gather=gather)
+    return fixed(recipe, found.sizes[0])
+
+
 def main(args: argparse.Namespace) -> int:  # long: both loops and what they share, in order
     """Check that both loops give the same weights, then time one update of each global batch."""
     load_recipe(args.recipe, args.settings)  # an error of it comes before anything starts
@@ -100,12 +118,15 @@ def main(args: argparse.Namespace) -> int:  # long: both loops and what they sha
         "channels_last": recipe.run.channels_last,
         "compile": recipe.run.compile,
     }
-    lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
     # An update of even index measures the gradient's noise, one of odd index does not.
     every = recipe.run.noise_every
     measuring = recipe.model_copy(update={"run": recipe.run.model_copy(update={"noise_every": 2})})
     graphs = 2 * len(args.batches)
     training = make_training(measuring, 10, world=world, device=device, graphs=graphs)
+    if recipe.layout.micro_batch == "auto":
+        recipe = _with_number(recipe, max(args.batches), training, world)
+    settings["micro_batch"] = recipe.layout.micro_batch
+    lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
     bare = BareLoop(recipe, world, device, graphs)
 
     def step(global_batch: int, measure: bool = False) -> None:
@@ -135,6 +156,7 @@ def main(args: argparse.Namespace) -> int:  # long: both loops and what they sha
     side = recipe.data.image_size
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
     # one more: a single sample that is left joins the last micro-batch
+    assert recipe.layout.micro_batch != "auto"
     shape = (recipe.layout.micro_batch + 1, 3, side, side)
     images = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 10, shape[:1], device=device)

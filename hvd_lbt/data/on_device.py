@@ -56,6 +56,14 @@ def train_batches(
         yield _batch(samples.store, data, samples.indices(first, count), crops, mirror, device)
 
 
+def keep_images(
+    stores: Iterable[Store | SyntheticStore], data: DataRecipe, device: torch.device
+) -> None:
+    """Decode all images of these stores and keep them on the device now, before the first batch."""
+    for store in stores:
+        _all_images(_of_files(store), data, device)
+
+
 def evaluation_batches(
     store: Store | SyntheticStore,
     data: DataRecipe,

@@ -26,6 +26,7 @@ from hvd_lbt.data.samples import SKIPPED, Batch, TrainSamples
 from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
+from hvd_lbt.out_of_memory import is_out_of_memory
 from hvd_lbt.recipe import DataRecipe
 from hvd_lbt.schedule.layout import count_ghost_batches
 
@@ -196,6 +197,8 @@ class _Maker:
                     global decoder_failed
                     decoder_failed = True
                     del pipeline  # its threads must not decode while its samples are tried singly
+                    if is_out_of_memory(error):  # which is no fault of a sample
+                        raise
                     if not self._find_undecodable(decoding):
                         raise error
                     again.extend(decoding)
@@ -301,6 +304,8 @@ class _Maker:
                 try:
                     one.run()
                 except RuntimeError as reason:
+                    if is_out_of_memory(reason):
+                        raise
                     found = True
                     what = f"{self.store.name(index)} cannot be decoded as an image"
                     bad = SampleError(f"{what} ({_cause(reason)}). Replace or remove it.")

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,28 @@ class RunLog:
         if self.speaks:
             self.progress.say(text)
 
-    def begin(self, recipe: Recipe, test_samples: int, first_update: int) -> None:
-        """Show the plan, and note what the run is made of."""
+    def begin(
+        self,
+        recipe: Recipe,
+        test_samples: int,
+        first_update: int,
+        micro_batch: Mapping[str, Any],
+        lines: Iterable[str] = (),
+    ) -> None:
+        """Show the plan, and note what the run is made of.
+
+        micro_batch: `MicroBatchSizes.to_dict()` and what was tried; lines: about it.
+        """
         job = slurm_job()
-        self.say(render_plan(recipe, self.plan, self._world.size))
+        self.say(render_plan(recipe, self.plan, self._world.size, micro_batch["stages"]))
         self.say(
             f"{self._world.size} workers · {self.plan.train_samples:,} training images, "
             f"{test_samples:,} test images"
             + (f" · Slurm job {job['id']}, restart {job['restarts']}" if job else "")
             + (f" · going on after {first_update:,} updates" if first_update else "")
         )
+        for line in lines:
+            self.say(line)
         self.event(
             "run",
             name=recipe.name,
@@ -81,6 +94,7 @@ class RunLog:
             revision=revision(),
             resumed_at_update=first_update,
             slurm_job=job,
+            micro_batch=micro_batch,
         )
 
     def event(self, event: str, **values: Any) -> None:

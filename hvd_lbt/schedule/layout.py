@@ -33,6 +33,11 @@ def count_ghost_batches(samples: int, ghost_batch: int) -> int:
     return max(1, whole + (rest > 1))
 
 
+def largest_share(global_batch: int, ghost_batch: int, workers: int) -> int:
+    """Samples of the worker with most ghost batches, each counted as whole."""
+    return -(-count_ghost_batches(global_batch, ghost_batch) // workers) * ghost_batch
+
+
 def make_layout(
     global_batch: int, *, rank: int, size: int, micro_batch: int, ghost_batch: int
 ) -> Layout:

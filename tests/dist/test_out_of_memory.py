@@ -1,7 +1,9 @@
 """One of three real ranks runs out of memory, in each pass: no rank waits, and nothing is lost."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from trainings import ROUNDING, difference, events, last_state
 
 SMOOTH = Path(__file__).with_name("smooth.py")
@@ -42,4 +44,29 @@ def test_one_rank_runs_out_in_forward_last_backward_and_evaluation(ranks, tmp_pa
         assert abs(mine["loss"] - theirs["loss"]) < ROUNDING
     assert difference(short, never) < ROUNDING
     assert events(short, "eval")[-1]["samples"] == 360
-    assert last_state(short)["micro_batch"] == {"stages": [16], "evaluation": 32}
+    kept = last_state(short)["micro_batch"]
+    assert (kept["stages"], kept["evaluation"], kept["asked"]) == ([16], 32, 64)
+
+
+def test_auto_trains_what_the_number_that_it_found_trains(ranks, tmp_path):
+    auto, number = tmp_path / "auto", tmp_path / "number"
+    short = ("schedule.epochs=0.3", "layout.ghost_batch=16")
+    output = ranks(2, *words(SMOOTH, auto, *short, "layout.micro_batch=auto"))
+    (run,) = events(auto, "run")
+    found = run["micro_batch"]
+    assert found["asked"] == "auto"
+    assert found["stages"][0] in (16, 32, 48, 64, 96)  # of 96 samples
+    assert f"micro-batch: auto is {found['stages'][0]}" in output
+    ranks(2, *words(SMOOTH, number, *short, f"layout.micro_batch={found['stages'][0]}"))
+    one, other = last_state(auto), last_state(number)
+    assert one["micro_batch"]["stages"] == found["stages"] == other["micro_batch"]["stages"]
+    for part in ("model", "optimizer", "reducer", "gradient_noise"):
+        assert same_bits(one[part], other[part]), part
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[k], other[k]) for k in one)
+    if isinstance(one, torch.Tensor):
+        return one.numpy().tobytes() == other.numpy().tobytes()
+    return repr(one) == repr(other)

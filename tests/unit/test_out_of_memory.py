@@ -15,12 +15,13 @@ from torch import nn
 
 from hvd_lbt import reducer as reducer_module
 from hvd_lbt.errors import OutOfMemoryError, UserError
-from hvd_lbt.micro_batch import MicroBatchSizes, UpdateStream, largest_share
+from hvd_lbt.micro_batch import MicroBatchSizes, UpdateStream
 from hvd_lbt.models import GhostBatchNorm2d
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.out_of_memory import is_out_of_memory
 from hvd_lbt.sampler import MicroBatches
 from hvd_lbt.schedule import Milestone, Schedule, make_layout, make_plan
+from hvd_lbt.schedule.layout import largest_share
 from hvd_lbt.training import Training
 from hvd_lbt.world import World
 
