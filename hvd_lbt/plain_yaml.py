@@ -53,6 +53,8 @@ def read_text(file: Path, what: str, limit: int = MAX_BYTES) -> str:
         raise FileNotFoundError(file) from None
     except OSError as error:
         raise UserError(f"{what}: the file cannot be read ({error.strerror}).") from error
+    except UserError:
+        raise
     except ValueError as error:  # a NUL in the path
         raise UserError(f"{what}: this cannot be the path of a file ({error}).") from error
     if len(data) > limit:

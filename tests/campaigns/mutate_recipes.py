@@ -185,6 +185,7 @@ OPTIONS = (
     ),
     *("--threads", "--jobs", "--scale", "--launcher", "--model", "--device", "--only", "--format"),
     *("--min-workers", "--max-workers", "--discover", "--images-per-second", "--json", "--classes"),
+    *("--speed", "--price"),
 )
 
 
@@ -209,6 +210,8 @@ def paths(rng: random.Random, folder: Path) -> list[str]:
         "a\0b",
     )
     command = rng.choice((["plan"], ["recipes"], ["report"], ["study-trainings"]))
+    if rng.random() < 0.2:
+        return ["plan", "digits", "--speed", str(folder / rng.choice(names))]
     return [
         *command,
         str(folder / rng.choice(names)),

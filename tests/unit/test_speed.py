@@ -112,6 +112,14 @@ def test_a_bad_file_is_named_with_key_and_value(tmp_path, old, new, words):
     assert str(file) in str(error.value)
 
 
+def test_what_is_no_file_is_said_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_profile(tmp_path)
+    assert str(error.value) == (
+        f"Speed profile {tmp_path}: it is a folder, and must be a regular file."
+    )
+
+
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(UserError, match=r"no shipped profile and no file of this name"):
         load_profile("v100_infinband")
