@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvd_lbt import arguments
 from hvd_lbt.auto_micro_batch import number_of
+from hvd_lbt.bench import shorter_side
 from hvd_lbt.bench.harness import (
     Lines,
     Subject,
@@ -41,9 +42,10 @@ from hvd_lbt.bench.harness import (
     time_interleaved,
 )
 from hvd_lbt.bench.native import SHUFFLED, native_batches, native_decoding
-from hvd_lbt.data.convert import ENDINGS, convert
+from hvd_lbt.data.convert import ENDINGS, convert, quality
 from hvd_lbt.data.index import TICK
 from hvd_lbt.data.pipeline import evaluation_batches, train_batches
+from hvd_lbt.data.shrink import QUALITY, Shrink
 from hvd_lbt.data.store import Store, open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import DataRecipe, load_recipe
@@ -72,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1_281_167,
         help="0: no such measurement",
     )
+    parser.add_argument(
+        "--shorter-side",
+        type=arguments.count,
+        metavar="PIXELS",
+        help="measure `data convert --shorter-side PIXELS` instead: before and after",
+    )
+    parser.add_argument("--quality", type=quality, metavar="Q", help=f"of its JPEG [{QUALITY}]")
     add_common_arguments(parser, repetitions=5)
 
 
@@ -82,7 +91,12 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, [*args.settings, f"data.threads={threads}"])
     args.threads = threads
     args.micro_batch = args.micro_batch or number_of(recipe, "give --micro-batch N")
+    if args.quality is not None and args.shorter_side is None:
+        raise UserError(f"--quality {args.quality} has no effect without --shorter-side.")
     lines = Lines("input", settings=vars(args), path=args.out)
+    if args.shorter_side is not None:
+        _before_and_after(args, recipe.data, device, lines)
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data or write_photographs(Path(scratch, "folder"))
         stores = {"folder": open_train_split(data)}
@@ -104,6 +118,25 @@ def main(args: argparse.Namespace) -> int:
                 first, second = (_index_cost(data) for _ in range(2))
                 lines.result(case=f"index, {kind}", entries=entries, built=first, loaded=second)
     return 0
+
+
+def _before_and_after(
+    args: argparse.Namespace, data: DataRecipe, device: torch.device, lines: Lines
+) -> None:
+    """Measure `data convert --shorter-side`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shorter_side.measure(
+            args.data or write_photographs(Path(scratch)),
+            data,
+            Shrink(shorter_side=args.shorter_side, quality=args.quality or QUALITY),
+            _batches,
+            micro_batch=args.micro_batch,
+            count=args.batches,
+            repetitions=args.repetitions,
+            threads=args.threads,
+            device=device,
+            lines=lines,
+        )
 
 
 def write_photographs(data: Path, count: int = 250) -> Path:

@@ -43,7 +43,7 @@ from hvd_lbt.data.formats import (
     tfrecord,
 )
 from hvd_lbt.data.formats.extents import LabelError, class_name
-from hvd_lbt.data.formats.side_files import ABOUT_FILE, SHRINK_KEY
+from hvd_lbt.data.formats.side_files import ABOUT_FILE, SHRINK_KEY, pixels_of
 from hvd_lbt.data.identity import identity
 from hvd_lbt.data.image_notes import ImageNotes
 from hvd_lbt.data.index import locked
@@ -208,8 +208,9 @@ def convert(
         "samples": {split: len(store) for split, store in stores.items()},
         "data": {split: identity(store) for split, store in stores.items()},
     }
-    if shrink is not None:
-        about[SHRINK_KEY] = shrink.about()
+    before_it = pixels_of(train.index.root)  # of a source that was made smaller already
+    if shrink is not None or before_it:
+        about[SHRINK_KEY] = _made_smaller(shrink, before_it)
     class_lines = as_lines(train.classes)
     if form == "tfrecord":
         _check_labels(train.classes)
@@ -252,6 +253,14 @@ def convert(
                 f"{store.index.root} was changed while it was converted: files came, went or were "
                 "replaced. Start the same command again once nothing writes there."
             )
+
+
+def _made_smaller(shrink: Shrink | None, before: str) -> dict[str, Any]:
+    """What the stored pixels depend on. before: of the source, JSON or ""."""
+    earlier: dict[str, Any] = json.loads(before) if before else {}
+    if shrink is None:
+        return earlier
+    return shrink.about() | ({"source": earlier} if earlier else {})
 
 
 def _write_split(shards: "Shards", store: Store, folder: Path, per_shard: int, jobs: int) -> None:
@@ -439,7 +448,7 @@ class Work:
         return (
             f"{self._changed:,} of {self._images:,} images made smaller, to a shorter side of "
             f"{side} pixels, JPEG of quality {about['quality']}, {about['subsampling']}: "
-            f"{self._before / 1e6:,.1f} MB became {self._after / 1e6:,.1f} MB{compared}"
+            f"{self._before / 1e6:,.2f} MB became {self._after / 1e6:,.2f} MB{compared}"
         )
 
 

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.progress import Progress
 
 from hvd_lbt import terminal
@@ -112,9 +113,8 @@ def open_imagenet(parts: Parts) -> Download:
             f"their labels. Needed in {printable(source)} is {NEEDED}."
         )
     listed = labels.wnids if labels is not None else None
-    tars = classes_of_tars(parts.train_tar) if parts.train_tar is not None else None
-    if tars is not None:
-        train = _train_of_tars(parts, tars, listed)
+    if parts.train_tar is not None:
+        train = _train_of_tars(parts, parts.train_tar, listed)
     else:
         assert parts.tree is not None
         index = open_index(parts.tree, "train", TIMEOUT)
@@ -132,7 +132,7 @@ def open_imagenet(parts: Parts) -> Download:
     for reason, name in parts.unused:
         noted.add(reason, name)
     watched = [path for path in (parts.train_tar, parts.val_tar, parts.flat) if path is not None]
-    if tars is None:
+    if parts.train_tar is None:
         watched += [train.index.root, *(train.index.root / name for name in train.classes)]
     if labels is not None:
         watched += labels.files
@@ -191,16 +191,13 @@ def _check_classes(
         )
 
 
-def _train_of_tars(
-    parts: Parts, tars: list[tuple[str, int, int]], listed: tuple[str, ...] | None
-) -> Store:
+def _train_of_tars(parts: Parts, file: Path, listed: tuple[str, ...] | None) -> Store:
     """The training images of the tar of tars."""
-    file = parts.train_tar
-    assert file is not None
+    samples = Samples()
+    tars = classes_of_tars(file, samples.findings)
     _check_classes(tuple(name for name, _, _ in tars), listed, file)
     classes = listed or tuple(name for name, _, _ in tars)
     label_of = {name: label for label, name in enumerate(classes)}
-    samples = Samples()
     console = terminal.console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         what = terminal.description(f"reading the headers of {file.name}")
@@ -218,8 +215,9 @@ def _compare_train(train: Store, labels: Labels | None) -> None:
     note_count(findings, len(train), PUBLISHED["train"], "train")
     if labels is None or not labels.train_counts:
         return
-    for label, wnid in enumerate(train.classes):
-        here, published = int((train.labels == label).sum()), labels.train_counts.get(wnid)
+    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
+    for wnid, here in zip(train.classes, counts, strict=True):
+        published = labels.train_counts.get(wnid)
         if here and published is not None and here != published:
             findings.add(OTHER_COUNT, f"{wnid}: {here:,} here, {published:,} published")
 

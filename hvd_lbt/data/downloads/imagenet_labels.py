@@ -25,7 +25,7 @@ WNID = re.compile(r"n\d{8}")
 DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 SOLUTION, MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-LARGEST_KIT = 256 << 20  # bytes of the unpacked development kit: 2.7 MB as published
+LARGEST_KIT = 32 << 20  # bytes of the unpacked development kit: 2.7 MB as published
 NEEDED = (
     f"the development kit, {DEVKIT}.tar.gz or its folder (it has data/{META} and data/{TRUTH}), or "
     f"Kaggle's {SOLUTION}"

@@ -174,7 +174,8 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{printable(path)} is no regular file.")
     try:
-        return parquet.ParquetFile(path, memory_map=False, buffer_size=1 << 20)
+        # without these two a whole row group is read at once
+        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{printable(path)} is no whole Parquet file ({printable(error)[:200]}): "

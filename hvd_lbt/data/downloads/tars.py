@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvd_lbt.data.downloads.common import ODD_NAME, SAME_MEMBER, Samples, raise_all, what_is
-from hvd_lbt.data.formats import Extents, shard_kind
+from hvd_lbt.data.formats import Extents, Findings, shard_kind
 from hvd_lbt.data.formats import findings as found
 from hvd_lbt.data.formats.extents import Window
 from hvd_lbt.data.formats.findings import SUFFIXES, classify, is_litter
@@ -37,14 +37,16 @@ def _opened(file: Path) -> Iterator[Window]:
         os.close(descriptor)
 
 
-def classes_of_tars(file: Path) -> list[tuple[str, int, int]]:
+def classes_of_tars(file: Path, findings: Findings) -> list[tuple[str, int, int]]:
     """(WNID, first byte, length) of each tar in a tar of tars. Raises UserError for others."""
+    extents = Extents(findings=findings)
     tars: dict[str, tuple[str, int, int]] = {}
     with _opened(file) as source:
-        for member in _files(source, Extents()):
+        for member in _files(source, extents):
             name = os.path.basename(member.name)
             stem, ending = os.path.splitext(name)
             if is_litter(name):
+                findings.add(found.HIDDEN, f"{file.name}:{member.name}")
                 continue
             if ending.lower() != ".tar" or not WNID.fullmatch(stem):
                 raise UserError(
