@@ -1,9 +1,11 @@
 """Open the data set that `--data` names: the stores of its training and test images."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hvd_lbt import terminal
 from hvd_lbt.data.class_names import CLASSES_FILE, read_classes
 from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.downloads import Download, open_small
@@ -15,6 +17,7 @@ from hvd_lbt.data.reading import bounded
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, UserError
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.world import RANK_VARIABLES
 
 TIMEOUT = 300.0
 
@@ -52,7 +55,7 @@ def open_train_split(
         except UserError:
             if (found := _small(data, classes_file)) is None:
                 raise
-            return found.train
+            return _told(found.train, "train")
         return Store(index, named=_named(data, classes_file, timeout, index.token_names))
 
 
@@ -75,7 +78,7 @@ def open_test_split(
                 raise UserError(
                     f"{data} has other classes than the training images' {len(classes):,}."
                 ) from None
-            return found.test
+            return _told(found.test, "test")
         named = _named(data, classes_file, timeout, index.token_names, classes)
         return Store(index, classes, named)
 
@@ -91,6 +94,15 @@ def _small(data: Path, classes_file: str | Path | None) -> Download | None:
             f"data.classes {classes_file} has no effect: {found.what} has classes of its own."
         )
     return found
+
+
+def _told(store: Store, split: str) -> Store:
+    """The store; what was found in it is printed by the first rank."""
+    if all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
+        console = terminal.console(stderr=True)
+        for line in store.index.findings.lines():
+            terminal.say(console, f"{split}: {line}")
+    return store
 
 
 @contextmanager

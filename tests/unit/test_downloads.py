@@ -189,9 +189,10 @@ def test_cifars_own_files_are_read_as_they_are(make, binary, packed, tmp_path):
 
 @pytest.mark.parametrize("place", ["", "MNIST/raw"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnists_own_files_are_read_as_they_are(packed, place, tmp_path):
+def test_mnists_own_files_are_read_as_they_are(packed, place, tmp_path, capfd):
     write(tmp_path / "in" / place, mnist(packed))
     train, test = open_splits(tmp_path / "in")
+    assert "12 here, 60,000 published for training" in capfd.readouterr().err
     assert (len(train), len(test), train.classes[9]) == (12, 5, "9")
     assert train.labels.tolist() == [*range(10), 0, 1]
     convert(tmp_path / "in", tmp_path / "out", **SETTINGS)
