@@ -281,6 +281,19 @@ def barrier() -> None:
         hvd.barrier()
 
 
+def start_timeline(file: str) -> None:
+    """Let Horovod write its timeline of the world's messages into `file`; each rank calls it.
+
+    HOROVOD_TIMELINE=DYNAMIC must have been set before `init`.
+    """
+    hvd.start_timeline(file)
+
+
+def stop_timeline() -> None:
+    """End the timeline; each rank calls it."""
+    hvd.stop_timeline()
+
+
 def shutdown() -> None:
     """Leave together: without the barrier a rank may tear down what another still uses."""
     if is_initialized():

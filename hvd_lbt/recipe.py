@@ -26,6 +26,8 @@ from pydantic import (
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.errors import RenamedWarning, UserError
+from hvd_lbt.no_secrets import refuse_secrets
+from hvd_lbt.own import EXAMPLE, is_object_name
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.settings import Schedule, SettingError
 
@@ -35,6 +37,9 @@ MAX_REASONS = 8  # errors of one recipe that are written out
 # The upper bounds are far beyond any training: within them nothing overflows or takes for ever.
 MAX_MICRO_BATCHES = 65_536  # of one update, on all workers together
 MAX_MICRO_BATCH = 2**20
+MAX_PROFILED = 200  # updates: a profile has some thousand events each
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+Update = Annotated[int, Field(ge=0, le=10**10)]
 Count = Annotated[int, Field(ge=1, le=10**10)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -69,6 +74,7 @@ FREE_AT_RESUME: dict[str, Any] = {
     "run": {
         *("eval_every", "keep_checkpoints", "checkpoint_minutes"),
         *("channels_last", "compile", "noise_every", "max_bad_updates"),
+        *("loggers", "profile", "profile_rank"),
     },
     "elastic": True,
 }
@@ -236,8 +242,45 @@ class RunRecipe(_Section):
     """Forward and backward by torch.compile: once a size of micro-batch, some minutes at first."""
     noise_every: Annotated[int, Field(ge=0)] = 10
     """Measure the gradient's noise in every so many updates; 0: never."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, mlflow, wandb, or a class of your own as package.module:Class; only rank 0
+    logs.
+    """
     max_bad_updates: Count = 10
     """Give up after so many updates in a row whose gradients are not finite."""
+    profile: tuple[Update, Update] | None = None
+    """First and last update, counted from 0, of which torch's and Horovod's profiles are written to
+    RUN/profile.
+    """
+    profile_rank: Annotated[int, Field(ge=0)] = 0
+    """The rank that torch's profile is of."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _known(cls, loggers: tuple[str, ...]) -> tuple[str, ...]:
+        for name in loggers:
+            if name not in LOGGERS and not is_object_name(name):
+                raise ValueError(f"each must be {', '.join(LOGGERS)}, or {EXAMPLE}")
+        if len(set(loggers)) < len(loggers):
+            raise ValueError("each must be named once")
+        return loggers
+
+    @model_validator(mode="after")
+    def _profile_is_a_range(self) -> "RunRecipe":
+        if self.profile is None:
+            if self.profile_rank:
+                raise ValueError(
+                    f"run.profile_rank: {self.profile_rank} has no effect without run.profile; "
+                    "leave it out, or set run.profile to [first update, last update]."
+                )
+            return self
+        first, last = self.profile
+        if first > last or last - first >= MAX_PROFILED:
+            raise ValueError(
+                f"run.profile: [{first}, {last}] is not allowed; it must be [first update, last "
+                f"update], the first not after the last, and of {MAX_PROFILED} updates at most."
+            )
+        return self
 
 
 class ElasticRecipe(_Section):
@@ -364,6 +407,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def recipe_of(settings: Any, what: str) -> Recipe:
     """The recipe of plain settings, as `to_dict` gives them; `what` begins a UserError."""
+    refuse_secrets(settings, what)
     _refuse_truth_for_numbers(settings, Recipe, what)
     try:
         return Recipe.model_validate(settings)
@@ -471,6 +515,7 @@ def _reason(details: Any) -> str:
         keys = ", ".join(_keys_at(location))
         return f"{where}: {_shown(value)} is no section; allowed keys: {keys}."
     message = details["msg"].replace("Input should be", "it must be", 1)
+    message = message.replace("a valid tuple", "a list")
     message = message[0].lower() + message[1:]
     return f"{where}: {_shown(value)} is not allowed; {message}."
 

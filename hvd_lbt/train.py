@@ -19,6 +19,8 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.evaluate import evaluate, local_device
+from hvd_lbt.log.loggers import check_loggers
+from hvd_lbt.log.profile import Profile, allow_timeline
 from hvd_lbt.log.run_log import RunLog
 from hvd_lbt.micro_batch import MicroBatchSizes, Range, UpdateStream
 from hvd_lbt.models import allow_graphs, check_one_sample
@@ -50,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run one training; the exit code is 0 when it is finished, 75 when a signal stopped it."""
     recipe = load_recipe(args.recipe, args.set)
+    check_loggers(recipe.run.loggers)
+    allow_timeline(recipe.run.profile)
     out = args.out or Path("runs", recipe.name)
     if elastic.is_launched():
         return elastic.run(
@@ -77,9 +81,11 @@ class _Run:
     checkpoints: Checkpoints
     log: RunLog
     stream: UpdateStream[Batch]
+    profile: Profile
 
     def update(self, update: Update, batches: MicroBatches[Batch]) -> None:
         """Do one update, again in smaller micro-batches if memory runs out, and log it."""
+        self.profile.before(update.index)
         data_wait, tally = 0.0, None
         while tally is None:
             try:
@@ -89,6 +95,7 @@ class _Run:
             except OutOfMemoryError as error:
                 data_wait += batches.waited
                 batches = self._smaller(update, error)
+        self.profile.after(update.index)
         self.log.update(
             update,
             tally.sums,
@@ -172,8 +179,14 @@ class _Run:
         state = self.state_after(updates_done) | {"best_top1": self.checkpoints.best_top1}
         membership.commit(state, following=self.plan.stages[self.plan.at(updates_done).stage])
 
+    def close(self) -> None:
+        """End what is logged, where the training itself goes on with other workers."""
+        self.profile.close()
+        self.log.close()
+
     def end(self, reason: str, updates_done: int) -> None:
         """Wait for the last checkpoint and close the log; reason: finished or stopped."""
+        self.profile.close()
         self.checkpoints.wait()
         if reason == "stopped":
             self.log.say(
@@ -237,6 +250,23 @@ def _stream(
     return stream
 
 
+def _profile(
+    recipe: Recipe, plan: Plan, first_update: int, out: Path, world: World, log: RunLog
+) -> Profile:
+    """What `run.profile` asks for."""
+    return Profile(
+        out,
+        recipe.run.profile,
+        recipe.run.profile_rank,
+        world=world,
+        plan=plan,
+        first_update=first_update,
+        start_timeline=comm.start_timeline,
+        stop_timeline=comm.stop_timeline,
+        say=log.say,
+    )
+
+
 def train(
     recipe: Recipe,
     *,
@@ -275,7 +305,7 @@ def train(
     classes, gather = len(train_store.classes), comm.allgather_object
     kept = state.get("micro_batch") if state else None
     start = starting_sizes(recipe, plan, training, world, classes, kept, same_job, gather)
-    log = RunLog(out, world, plan, first_update)
+    log = RunLog(out, world, plan, first_update, recipe)
     stream = _stream(recipe, plan, updates, train_store, world, start.sizes, log)
     best_top1 = state["best_top1"] if state else -1.0
     run = _Run(
@@ -289,10 +319,11 @@ def train(
         checkpoints=Checkpoints(out / "checkpoints", recipe.run, world, gather, best_top1, owner),
         log=log,
         stream=stream,
+        profile=_profile(recipe, plan, first_update, out, world, log),
     )
     run.log.begin(recipe, len(test_store), first_update, start.to_dict(), start.lines)
     if membership:
-        membership.begin(plan.stages[updates[0].stage], at_end=run.log.close, stop=stop)
+        membership.begin(plan.stages[updates[0].stage], at_end=run.close, stop=stop)
 
     # Train, and save at the end of a stage, when it is due, and where the accuracy is best.
     for update, batches in stream:

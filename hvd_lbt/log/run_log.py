@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hvd_lbt.append_file import AppendFile
 from hvd_lbt.errors import OutOfMemoryError, SampleError
+from hvd_lbt.log.loggers import RunInfo, make_outputs, scalars
 from hvd_lbt.log.progress import ProgressLine
 from hvd_lbt.log.provenance import revision, slurm_job, versions
-from hvd_lbt.log.tensorboard import EventFile
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.plan import Plan, Update
@@ -26,13 +26,25 @@ from hvd_lbt.world import World
 
 # Device scalars are read this often, not every update: reading one waits for the GPU.
 FLUSH_SECONDS = 1.0
-SCALARS = ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale", "underflow")
+# What loggers are given of an update, beside what a test split gives.
+TRAIN = ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale", "underflow")
+PLAN = ("gradient_noise", "global_batch", "lr", "momentum", "noise_scale")
 
 
 class RunLog:
-    """Writes RUN/metrics.jsonl and RUN/tensorboard on rank 0 and shows progress there."""
+    """Writes RUN/metrics.jsonl on rank 0, sends scalars to `run.loggers`, and shows progress there.
 
-    def __init__(self, folder: Path, world: World, plan: Plan, first_update: int):
+    recipe: of the run, with its loggers; None: TensorBoard alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        plan: Plan,
+        first_update: int,
+        recipe: Recipe | None = None,
+    ):
         self.speaks = world.rank == 0
         self.plan = plan
         self._world = world
@@ -50,7 +62,15 @@ class RunLog:
         self._lines = AppendFile(folder / "metrics.jsonl", self.say)
         if not self._lines.ends_with(b"\n"):  # half a line of a run that was killed
             self._lines.append(b"\n")
-        self._board = EventFile(folder / "tensorboard", first_update, self.say)
+        about = RunInfo(
+            name=recipe.name if recipe else folder.name,
+            folder=folder,
+            recipe=recipe.to_dict() if recipe else {},
+            run_id=None,
+            first_update=first_update,
+        )
+        names = recipe.run.loggers if recipe else ("tensorboard",)
+        self._outputs = make_outputs(names, about, self.say)
         self.progress.start()
 
     def say(self, text: Any) -> None:
@@ -105,6 +125,11 @@ class RunLog:
         self._lines.append(line.encode())
         self._lines.flush()
 
+    def _log(self, update: int, values: dict[str, float | None]) -> None:
+        record = scalars(update, values)
+        for output in self._outputs:
+            output.add(record)
+
     def update(
         self,
         update: Update,
@@ -158,17 +183,11 @@ class RunLog:
             for key, value in zip(("gradient_variance", "gradient_squared"), noise, strict=True):
                 record[key] = value if math.isfinite(value) else None
             self.event("update", **record)
-            if record["gradient_noise"] is not None:
-                self._board.add_scalar(
-                    "plan/gradient_noise", record["gradient_noise"], record["update"]
-                )
-            for key in SCALARS:
-                if record[key] is not None:
-                    self._board.add_scalar(f"train/{key}", record[key], record["update"])
-            for key in ("global_batch", "lr", "momentum", "noise_scale"):
-                self._board.add_scalar(f"plan/{key}", record[key], record["update"])
+            shown = {f"train/{key}": record[key] for key in TRAIN}
+            self._log(record["update"], shown | {f"plan/{key}": record[key] for key in PLAN})
         self._pending.clear()
-        self._board.flush()
+        for output in self._outputs:
+            output.flush()
         self.progress.show(
             record,
             waited=self._share(),
@@ -201,9 +220,9 @@ class RunLog:
         seen = update.samples_seen + update.global_batch
         epoch = seen / self.plan.train_samples
         self.event("eval", update=done, epoch=epoch, samples_seen=seen, **values)
-        for key in ("loss", "top1", "top5"):
-            self._board.add_scalar(f"test/{key}", values[key], done)
-        self._board.flush()
+        self._log(done, {f"test/{key}": values[key] for key in ("loss", "top1", "top5")})
+        for output in self._outputs:
+            output.flush()
         self._accuracy = f" · test {values['top1']:.2%}"
         self.say(
             f"epoch {epoch:6.2f} · update {done:>6} · test loss {values['loss']:.4f} · "
@@ -260,11 +279,12 @@ class RunLog:
                 else ""
             )
         )
-        self.close()
+        self.close(reason)
 
-    def close(self) -> None:
-        """Take the live line down and close the files."""
+    def close(self, reason: str = "interrupted") -> None:
+        """Take the live line down, close the files and end the loggers."""
         if self.speaks:
             self.progress.stop()
             self._lines.close()
-            self._board.close()
+            for output in self._outputs:
+                output.close(reason)

@@ -82,7 +82,8 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(ranks, run, tmp_path, where
         "last": len(whole) - 1,
     }[where]
     out = cut(run, after, tmp_path / "run")
-    ranks(2, *train(out))
+    profiled = ("run.profile=[8, 10]", "run.profile_rank=1") if where == "in an epoch" else ()
+    ranks(2, *train(out, *profiled))  # a profile changes no bit either
     assert updates(out) == {at: made for at, made in whole.items() if at >= after}
     expected = checkpoint.load_newest(run / "checkpoints")
     state = checkpoint.load_newest(out / "checkpoints")
@@ -92,6 +93,12 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(ranks, run, tmp_path, where
     for name in theirs:
         assert torch.equal(mine[name], theirs[name]), name
     assert state["reducer"] == expected["reducer"]
+    if profiled:
+        trace = json.loads((out / "profile/rank1_updates_8-10.json").read_text())
+        steps = [event for event in trace["traceEvents"] if event["name"] == "hvd_lbt::fused_sgd_"]
+        messages = json.loads((out / "profile/horovod_updates_8-10.json").read_text())
+        assert len(steps) >= 3
+        assert any(event.get("name") == "ALLREDUCE" for event in messages)
 
 
 @pytest.mark.parametrize("while_writing", [False, True])

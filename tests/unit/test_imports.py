@@ -19,7 +19,7 @@ TOP = "hvd_lbt.__init__"
 LAYERS = [
     {"errors", "world", "data.order", "data.crops", "ops", "stop", "wire_scale"},
     {"run_lock", "launcher", "append_file", "own"},
-    {"schedule", "plain_yaml"},
+    {"schedule", "plain_yaml", "no_secrets"},
     {"speed_profile"},
     {"terminal", "arguments", "rounding"},
     {"out_of_memory", "memory"},
