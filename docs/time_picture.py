@@ -1,4 +1,4 @@
-"""Draw docs/images/time_predicted_{light,dark}.svg and print the rows of docs/time.md.
+"""Draw docs/images/time_predicted.svg and print the rows of docs/time.md.
 
 `python docs/time_picture.py`
 
@@ -26,10 +26,7 @@ from hvd_lbt.recipe import load_recipe  # noqa: E402
 from hvd_lbt.schedule.plan_time import Cluster, policy_plans, stage_times, total_seconds  # noqa: E402
 from hvd_lbt.speed_profile import load_profile  # noqa: E402
 
-THEMES = {
-    "light": {"ink": "#1f2328", "grid": "#d8dee4", "dots": ["#6e7781", "#0969da", "#bc4c00"]},
-    "dark": {"ink": "#e6edf3", "grid": "#30363d", "dots": ["#9198a1", "#58a6ff", "#f0883e"]},
-}
+INK, GRID, DOTS = "#1f2328", "#d8dee4", ("#6e7781", "#0969da", "#bc4c00")
 
 
 def held_out(rows: Iterable[Prediction]) -> list[Prediction]:
@@ -117,28 +114,28 @@ def example_markdown() -> list[str]:
     return lines
 
 
-def _panel(axes: Axes, theme: dict[str, Any], title: str, groups: dict[str, Any]) -> None:
-    ink = theme["ink"]
+def _panel(axes: Axes, title: str, groups: dict[str, Any]) -> None:
+    """groups: for each label its rows, its colour, the size of a dot, and whether it is filled."""
     every = [row.published for rows, *_ in groups.values() for row in rows]
     ends = [0.9 * min(every), 1.1 * max(every)]
     axes.fill_between(
         ends,
         [0.9 * end for end in ends],
         [1.1 * end for end in ends],
-        color=theme["grid"],
+        color=GRID,
         alpha=0.6,
         linewidth=0,
         label="within 10 %",
     )
-    axes.plot(ends, ends, color=theme["dots"][0], linewidth=1)
+    axes.plot(ends, ends, color=DOTS[0], linewidth=1)
     for label, (rows, colour, size, face) in groups.items():
         axes.scatter(
             [row.published for row in rows],
             [row.predicted for row in rows],
             s=size,
             linewidths=1,
-            edgecolors=theme["dots"][colour],
-            facecolors=theme["dots"][colour] if face else "none",
+            edgecolors=DOTS[colour],
+            facecolors=DOTS[colour] if face else "none",
             label=label,
         )
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
@@ -146,25 +143,22 @@ def _panel(axes: Axes, theme: dict[str, Any], title: str, groups: dict[str, Any]
         axis.set_major_locator(matplotlib.ticker.FixedLocator([0.2, 0.3, 0.4, 0.6, 0.8, 1.0]))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.set_title(title, color=ink, fontsize=10)
-    axes.set_xlabel("published, seconds of an update", color=ink)
-    axes.set_ylabel("predicted", color=ink)
-    axes.tick_params(colors=ink)
+    axes.set_title(title, color=INK, fontsize=10)
+    axes.set_xlabel("published, seconds of an update", color=INK)
+    axes.set_ylabel("predicted", color=INK)
+    axes.tick_params(colors=INK)
     for side in axes.spines.values():
-        side.set_color(theme["grid"])
-    axes.legend(loc="upper left", frameon=False, labelcolor=ink, fontsize=8)
+        side.set_color(GRID)
+    axes.legend(loc="upper left", frameon=False, labelcolor=INK, fontsize=8)
 
 
-def draw(theme: dict[str, Any]) -> Figure:
+def draw() -> Figure:
     """Left the tables of published speeds, right the traces of a shared network."""
-    figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        axes.set_facecolor("none")
     tables, traces = table_rows(), held_out(trace_rows())
     _panel(
         left,
-        theme,
         "ResNet-50, 17 published tables, V100",
         {
             "calibrates: 1 GPU, 1 and 2 nodes": (
@@ -178,7 +172,6 @@ def draw(theme: dict[str, Any]) -> Figure:
     )
     _panel(
         right,
-        theme,
         "ResNet-50, AdaptDL's traces, T4, held-out rows",
         {
             "5 to 47 GPUs": ([row for row in traces if row.workers < 48], 1, 8, True),
@@ -189,16 +182,11 @@ def draw(theme: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Write both pictures and print the tables."""
+    """Write the picture and print the tables."""
     matplotlib.rcParams.update({"svg.hashsalt": "hvd_lbt", "svg.fonttype": "path", "font.size": 10})
-    for name, theme in THEMES.items():
-        file = DOCS / "images" / f"time_predicted_{name}.svg"
-        draw(theme).savefig(file, format="svg", metadata={"Date": None})
-    print(
-        "\n".join(
-            [*markdown(), "", *line_rate_markdown(), "", *trace_markdown(), "", *example_markdown()]
-        )
-    )
+    draw().savefig(DOCS / "images" / "time_predicted.svg", metadata={"Date": None})
+    for table in (markdown(), line_rate_markdown(), trace_markdown(), example_markdown()):
+        print("\n".join(table), end="\n\n")
 
 
 if __name__ == "__main__":
