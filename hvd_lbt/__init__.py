@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from importlib.metadata import version
 
     from hvd_lbt.comm import init, shutdown
+    from hvd_lbt.data.mixing import Mixing
+    from hvd_lbt.ema import WeightAverage
     from hvd_lbt.errors import OutOfMemoryError, UserError
     from hvd_lbt.models.ghost_norm import GhostBatchNorm2d
     from hvd_lbt.optim import FusedSGD
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         Layout,
         Milestone,
         Plan,
+        Polynomial,
         ScaledStart,
         Schedule,
         Stage,
@@ -44,8 +47,8 @@ if TYPE_CHECKING:
     __version__ = version("hvd_lbt")
 
 _SCHEDULE = (
-    *("Cosine", "Layout", "Milestone", "Plan", "ScaledStart", "Schedule", "Stage", "Update"),
-    *("WarmUp", "make_layout", "make_plan"),
+    *("Cosine", "Layout", "Milestone", "Plan", "Polynomial", "ScaledStart", "Schedule", "Stage"),
+    *("Update", "WarmUp", "make_layout", "make_plan"),
 )
 _HOME = {
     **dict.fromkeys(_SCHEDULE, "schedule"),
@@ -53,11 +56,13 @@ _HOME = {
     "GhostBatchNorm2d": "models.ghost_norm",
     "GradientReducer": "reducer",
     "MicroBatches": "sampler",
+    "Mixing": "data.mixing",
     "OutOfMemoryError": "errors",
     "PlanSampler": "sampler",
     "Tally": "training",
     "Training": "training",
     "UserError": "errors",
+    "WeightAverage": "ema",
     "World": "world",
     "init": "comm",
     "shutdown": "comm",
@@ -70,9 +75,11 @@ __all__ = [
     "Layout",
     "MicroBatches",
     "Milestone",
+    "Mixing",
     "OutOfMemoryError",
     "Plan",
     "PlanSampler",
+    "Polynomial",
     "ScaledStart",
     "Schedule",
     "Stage",
@@ -81,6 +88,7 @@ __all__ = [
     "Update",
     "UserError",
     "WarmUp",
+    "WeightAverage",
     "World",
     "__version__",
     "init",

@@ -73,7 +73,7 @@ def starting_sizes(
         return Start(sizes=sizes, lines=tuple(lines))
     demands = [
         Demand(
-            image_size=recipe.data.image_size,
+            image_size=stage.image_size or recipe.data.image_size,
             ghost_batch=ghost_batch,
             most=largest_share(stage.global_batch, ghost_batch, world.size),
         )
@@ -109,7 +109,8 @@ def find(
         input_copies=0 if recipe.data.cache_on_device else 2 * (recipe.data.prefetch + 1),
         compiles=recipe.run.compile,
     )
-    own = probe.find(demands, recipe.data.image_size)
+    sizes = [recipe.data.for_evaluation(demand.image_size).image_size for demand in demands]
+    own = probe.find(demands, max(sizes))
     return agreed([from_plain(its) for its in gather(plain(own))], demands)
 
 

@@ -323,6 +323,11 @@ def load_trained(file: Path) -> tuple[dict[str, Any], Recipe]:
     return state, recipe_of(state["recipe"], f"The checkpoint {file}")
 
 
+def averages_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The averaged weights in a checkpoint's state, by name; none without `ema.decay`."""
+    return dict(state.get("ema", {}).get("averages", {}))
+
+
 def weights_checksum(weights: Mapping[str, Tensor]) -> int:
     """CRC-32 over a model's state_dict; equal on all ranks, compared at each checkpoint."""
     checksum = 0

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,33 @@ from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
 from hvd_lbt.recipe import DataRecipe, Recipe
+from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """loss: mean cross-entropy; top1, top5: accuracies in 0..1; samples: how many were counted."""
+    """loss: mean cross-entropy; top1, top5: accuracies in 0..1; samples: how many were counted.
+
+    ema_…: the same of the averaged weights, where there are such.
+    """
 
     loss: float
     top1: float
     top5: float
     samples: int
+    ema_loss: float | None = None
+    ema_top1: float | None = None
+    ema_top5: float | None = None
+
+    @property
+    def best_top1(self) -> float:
+        """What the best checkpoint is chosen by: of the averaged weights, where there are such."""
+        return self.top1 if self.ema_top1 is None else self.ema_top1
+
+    def to_dict(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def evaluate(
@@ -48,13 +64,18 @@ def evaluate(
     device: torch.device,
     on_skipped: Callable[[SampleError], None] | None = None,
     on_smaller: Callable[[OutOfMemoryError, int], None] | None = None,
+    averages: Mapping[str, Tensor] | None = None,
+    image_size: int | None = None,
 ) -> Evaluation:
     """Evaluate on all of `store`; each rank takes a contiguous share, sums are exact counts.
 
     on_skipped: see `train_batches`; what is skipped is counted nowhere. If the memory of any rank
     runs out, all ranks evaluate again with half of the micro-batch, which goes to `on_smaller`;
-    with a micro-batch of one sample they raise OutOfMemoryError.
+    with a micro-batch of one sample they raise OutOfMemoryError. averages: of the weights, to be
+    evaluated too, on the same batches. image_size: of the training images, None: data.image_size;
+    `DataRecipe.for_evaluation` says what that of the test images is then.
     """
+    data = data.for_evaluation(image_size)
     micro_batch = min(micro_batch, -(-len(store) // world.size))
     while True:
         batches = partial(
@@ -67,7 +88,9 @@ def evaluate(
             on_skipped=on_skipped,
         )
         try:
-            return _evaluate(model, batches, len(store), micro_batch, world, allreduce, device)
+            return _evaluate(
+                model, averages, batches, len(store), micro_batch, world, allreduce, device
+            )
         except OutOfMemoryError as error:
             release_cached_memory()
             if micro_batch == 1:
@@ -80,6 +103,7 @@ def evaluate(
 @torch.inference_mode()
 def _evaluate(
     model: nn.Module,
+    averages: Mapping[str, Tensor] | None,
     make_batches: Callable[[list[tuple[int, int]]], Iterator[Batch]],
     test_samples: int,
     micro_batch: int,
@@ -90,32 +114,46 @@ def _evaluate(
     """Raises OutOfMemoryError, on all ranks, if the memory of any rank runs out."""
     first, end = (test_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     ranges = [(at, min(micro_batch, end - at)) for at in range(first, end, micro_batch)]
-    # loss, right, right among five, samples; and by rank whether its memory ran out
-    sums = torch.zeros(4 + world.size, dtype=torch.float64, device=device)
+    # loss, right, right among five, samples; the same of the averages; and by rank whether its
+    # memory ran out
+    sums = torch.zeros(8 + world.size, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
         for batch in make_batches(ranges):
-            sums[:4] += _counted(model, batch)
+            sums[:4] += _counted(model(batch.images), batch)
+            if averages:
+                sums[4:8] += _counted(_with_weights(model, averages, batch.images), batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        sums[4 + world.rank] = 1  # the others wait for this rank's sums
+        sums[8 + world.rank] = 1  # the others wait for this rank's sums
     model.train(was_training)
-    loss, right, among_five, samples, *ran_out = allreduce(sums, "evaluation").tolist()
+    found = allreduce(sums, "evaluation").tolist()
+    of_weights, of_averages, ran_out = found[:4], found[4:8], found[8:]
     if any(ran_out):
         ranks = {rank: "the evaluation" for rank, there in enumerate(ran_out) if there}
         raise OutOfMemoryError(ranks, "The evaluation needs smaller micro-batches.")
+    samples = of_weights[3]
     if not samples:
         raise UserError("All test images were skipped: none of them can be decoded.")
-    return Evaluation(
-        loss=loss / samples, top1=right / samples, top5=among_five / samples, samples=int(samples)
-    )
+    loss, top1, top5 = (value / samples for value in of_weights[:3])
+    measured = Evaluation(loss=loss, top1=top1, top5=top5, samples=int(samples))
+    if not averages:
+        return measured
+    loss, top1, top5 = (value / samples for value in of_averages[:3])
+    return replace(measured, ema_loss=loss, ema_top1=top1, ema_top5=top5)
 
 
-def _counted(model: nn.Module, batch: Batch) -> Tensor:
+def _with_weights(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """The model's logits with other weights; its own are not touched."""
+    # tied weights are there under each of their names
+    return torch.func.functional_call(model, dict(weights), (images,), tie_weights=False)
+
+
+def _counted(logits: Tensor, batch: Batch) -> Tensor:
     """(4,) float64: loss, right answers, those among five, samples that are not skipped."""
-    logits = model(batch.images).float()
+    logits = logits.float()
     best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
     loss = F.cross_entropy(logits, batch.labels, reduction="sum")
     counted = (loss, best[:, 0].sum(), best.sum(), (batch.labels >= 0).sum())
@@ -142,6 +180,7 @@ def main(args: argparse.Namespace) -> int:
         ) from error
     world = comm.init()
     device = local_device(world)
+    averages = {name: value.to(device) for name, value in checkpoint.averages_in(state).items()}
     store = open_test_split(
         args.data or write_digits(),
         tuple(state["classes"]),
@@ -157,6 +196,8 @@ def main(args: argparse.Namespace) -> int:
         world=world,
         allreduce=comm.allreduce_,
         device=device,
+        averages=averages,
+        image_size=trained_image_size(state, recipe),
         on_smaller=lambda error, size: print(
             f"{error.who}. All ranks evaluate again with a micro-batch of {size}.",
             file=sys.stderr,
@@ -164,7 +205,7 @@ def main(args: argparse.Namespace) -> int:
         ),
     )
     if world.rank == 0:
-        print(json.dumps(asdict(result)), flush=True)
+        print(json.dumps(result.to_dict()), flush=True)
     comm.shutdown()
     return 0
 
@@ -175,6 +216,15 @@ def _micro_batch(state: Mapping[str, Any], recipe: Recipe) -> int:
         return recipe.layout.micro_batch
     found: int = state["micro_batch"]["evaluation"]
     return found
+
+
+def trained_image_size(state: Mapping[str, Any], recipe: Recipe) -> int | None:
+    """The size of the training images at the checkpoint's last update, None: data.image_size."""
+    samples, done = state.get("train_samples"), state["update"]
+    if not isinstance(samples, int) or not done:
+        return None
+    plan = make_plan(recipe.schedule, samples)
+    return plan.at(min(done, plan.updates) - 1).image_size
 
 
 def local_device(world: World) -> torch.device:

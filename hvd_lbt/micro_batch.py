@@ -122,9 +122,13 @@ class UpdateStream(Generic[Batch]):
         if close is not None:
             close()
 
-    def shapes(self, sizes: MicroBatchSizes) -> set[tuple[int, int]]:
-        """(samples, ghost batch) of all micro-batches from the present update on."""
-        return {(count, ghost) for _, count, ghost in self._ranges(self._place, sizes)}
+    def shapes(self, sizes: MicroBatchSizes) -> set[tuple[int, int, int | None]]:
+        """(samples, ghost batch, image size) of all micro-batches from the present update on."""
+        return {
+            (len(part), self.ghost_batches[update.stage], update.image_size)
+            for update in self._updates[self._place :]
+            for part in self._layout(update, sizes)
+        }
 
     def _next(self) -> MicroBatches[Batch]:
         if self._source is None:
@@ -134,7 +138,9 @@ class UpdateStream(Generic[Batch]):
         update = self._updates[self._place]
         parts = self._layout(update, self.sizes)
         ghost_batch = self.ghost_batches[update.stage]
-        self._batches = MicroBatches([len(part) for part in parts], self._source, ghost_batch)
+        firsts = [update.samples_seen + part.start for part in parts]
+        sizes = [len(part) for part in parts]
+        self._batches = MicroBatches(sizes, self._source, ghost_batch, firsts)
         return self._batches
 
     def _ranges(self, first: int, sizes: MicroBatchSizes) -> Iterator[Range]:

@@ -90,14 +90,18 @@ class DataRecipe(_Section):
     train_samples: Count | None = None
     """N for the plan where no data folder is at hand; when training, the images are counted."""
     image_size: Pixels
-    """Side of the square image the network sees, in pixels."""
+    """Side of the square training image, in pixels; schedule.milestones may change it."""
+    test_image_size: Pixels | None = None
+    """Side of a test image; None: that of the training images at the time."""
     augment: Literal["none", "pad_crop", "random_resized_crop"]
     pad: Annotated[int, Field(ge=0, le=16_384)] = 4
     """pad_crop only: pixels of padding on each side."""
     flip: bool = False
     """Mirror every second image, left to right."""
     eval_resize: Pixels | None = None
-    """The shorter side before the centre is cut out; None: resized to image_size as a whole."""
+    """The shorter side before the centre is cut out, for test images of test_image_size, else of
+    image_size, and in proportion at other sizes; None: resized as a whole.
+    """
     mean: Triple
     """Subtracted from red, green and blue, in 0..255."""
     std: Triple
@@ -136,6 +140,7 @@ class DataRecipe(_Section):
             "augment": ("none", "pad_crop"),
             "eval_resize": (None,),
             "on_bad_sample": ("error",),
+            "test_image_size": (None, self.image_size),
         }.items():
             value = getattr(self, key)
             if self.cache_on_device and value not in allowed:
@@ -147,12 +152,29 @@ class DataRecipe(_Section):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataRecipe":
-        if self.eval_resize is not None and self.eval_resize < self.image_size:
+        key = "test_image_size" if self.test_image_size else "image_size"
+        size = getattr(self, key)
+        if self.eval_resize is not None and self.eval_resize < size:
             raise ValueError(
-                f"data.eval_resize: {self.eval_resize} is smaller than data.image_size "
-                f"({self.image_size}), which is cut out of it; it must be at least that."
+                f"data.eval_resize: {self.eval_resize} is smaller than data.{key} "
+                f"({size}), which is cut out of it; it must be at least that."
             )
         return self
+
+    def at(self, image_size: int | None) -> "DataRecipe":
+        """The same with training images of that size, None: of its own."""
+        return self if image_size is None else self.model_copy(update={"image_size": image_size})
+
+    def for_evaluation(self, image_size: int | None) -> "DataRecipe":
+        """The settings of test images while the training images are of that size, None: its own.
+
+        eval_resize is rounded to a whole pixel, and is at least the size.
+        """
+        size = self.test_image_size or image_size or self.image_size
+        resize = self.eval_resize
+        if resize is not None:
+            resize = max(size, round(resize * size / (self.test_image_size or self.image_size)))
+        return self.model_copy(update={"image_size": size, "eval_resize": resize})
 
 
 class ModelRecipe(_Section):
@@ -190,6 +212,55 @@ class OptimizerRecipe(_Section):
     nesterov: bool = False
     decay_norm_and_bias: bool = False
     """Weight decay on batch norm's parameters and on biases too."""
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Scale the world's gradient down to this norm where it is longer, before the update."""
+
+
+class LossRecipe(_Section):
+    """What is minimised, and the mixing of samples; `loss: package.module:function` is short for
+    loss.function.
+    """
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """This share of each label is spread over all classes (Szegedy et al. 2016)."""
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """α of mixup (Zhang et al. 2018), partners within the ghost batch; 0: off."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """α of CutMix (Yun et al. 2019); with mixup each ghost batch has one of the two; 0: off."""
+    function: Annotated[str, Field(max_length=4096)] | None = None
+    """Your own loss instead of cross-entropy, package.module:function, called with (logits,
+    labels) for (n,) losses.
+    """
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @field_validator("function")
+    @classmethod
+    def _names_an_object(cls, function: str | None) -> str | None:
+        if function is not None and not is_object_name(function):
+            raise ValueError(f"it must read {EXAMPLE}")
+        return function
+
+    @model_validator(mode="after")
+    def _smooths_cross_entropy(self) -> "LossRecipe":
+        if self.function is not None and self.label_smoothing:
+            raise ValueError(
+                f"loss.label_smoothing: {self.label_smoothing:g} has no effect with loss.function, "
+                "which takes the place of the cross-entropy; leave one of the two out."
+            )
+        return self
+
+
+class EmaRecipe(_Section):
+    """A moving average of the weights, evaluated and saved beside them."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of an update of schedule.global_batch samples; of B samples it is decay^(B / that). None:
+    no average.
+    """
 
 
 def _number_or_auto(value: Any) -> Any:
@@ -301,6 +372,8 @@ class Recipe(_Section):
     model: ModelRecipe
     schedule: Schedule
     optimizer: OptimizerRecipe
+    loss: LossRecipe = LossRecipe()
+    ema: EmaRecipe = EmaRecipe()
     layout: LayoutRecipe
     wire: WireRecipe = WireRecipe()
     run: RunRecipe = RunRecipe()
@@ -310,6 +383,11 @@ class Recipe(_Section):
     @classmethod
     def _new_names(cls, settings: Any) -> Any:
         return with_new_names(settings) if isinstance(settings, Mapping) else settings
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _short_for_a_function(cls, loss: Any) -> Any:
+        return {"function": loss} if isinstance(loss, str) else loss
 
     @field_validator("name")
     @classmethod
@@ -339,6 +417,42 @@ class Recipe(_Section):
                 f"{largest:,}, into more than {MAX_MICRO_BATCHES:,} micro-batches; it must be at "
                 f"least {-(-largest // MAX_MICRO_BATCHES)}."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _images_change_their_size(self) -> "Recipe":
+        before = self.data.image_size
+        for place, milestone in enumerate(self.schedule.milestones):
+            if milestone.image_size is None:
+                continue
+            where = f"schedule.milestones[{place}].image_size: {milestone.image_size}"
+            if self.data.cache_on_device:
+                raise ValueError(
+                    f"{where} does not go with data.cache_on_device, which keeps the images at "
+                    "data.image_size; leave one of the two out."
+                )
+            if milestone.image_size == before:
+                raise ValueError(
+                    f"{where} is what data.image_size says already; leave it out, or begin with "
+                    "another data.image_size."
+                )
+            break  # schedule/ compares the later ones
+        return self
+
+    @model_validator(mode="after")
+    def _mixes_with_a_partner(self) -> "Recipe":
+        ghosts = {"layout.ghost_batch": self.layout.ghost_batch} | {
+            f"schedule.milestones[{place}].ghost_batch": milestone.ghost_batch
+            for place, milestone in enumerate(self.schedule.milestones)
+            if milestone.ghost_batch
+        }
+        for key, ghost_batch in ghosts.items():
+            if self.loss.mixes and ghost_batch == 1:
+                which = "mixup" if self.loss.mixup else "cutmix"
+                raise ValueError(
+                    f"{key}: 1 leaves no partner for loss.{which},"
+                    " which mixes the samples of a ghost batch; it must be at least 2."
+                )
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -318,8 +318,8 @@ class GradientReducer:
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor | None:
-        """|g|² of the gradient that the last step applied, fp32 on the device; the same on all
-        ranks.
+        """|g|² of the gradient of the last step, before clipping; fp32 on the device, the same on
+        all ranks.
 
         It is read from the wire: one more pass, for who measures now and then. None if that update
         was skipped, or sent again in fp32 (its sum is not on the wire).
@@ -679,7 +679,7 @@ class GradientReducer:
         scale = self._clip
         if verdict == "wire":
             scale = self._sent_scale if self._clip is None else self._sent_scale * self._clip
-            self._applied = scale
+            self._applied = self._sent_scale  # clipping is no part of what was measured
         again = verdict == "fp32"
         sums = {
             slot.parameter: slot.gradient if again and slot.gradient is not None else slot.wire

@@ -19,11 +19,19 @@ class MicroBatches(Generic[Batch]):
     """This rank's micro-batches of one update: `len()` says how many, iterating takes them.
 
     sizes: samples of each; none on a rank without samples in this update. ghost_batch: of the
-    layout that cut them. waited: seconds that taking them has waited for the source so far.
+    layout that cut them. first_samples: the place of each one's first sample in the stream of
+    samples. waited: seconds that taking them has waited for the source so far.
     """
 
-    def __init__(self, sizes: Sequence[int], source: Iterable[Batch], ghost_batch: int = 1):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        source: Iterable[Batch],
+        ghost_batch: int = 1,
+        first_samples: Sequence[int] = (),
+    ):
         self.sizes, self.ghost_batch, self.waited = tuple(sizes), ghost_batch, 0.0
+        self.first_samples = tuple(first_samples)
         self.taken = 0
         self._source = iter(source)
 
@@ -66,7 +74,8 @@ def by_update(
     for update in updates:
         layout = layout_of(update, world, micro_batch=micro_batch, ghost_batch=ghost_batch)
         sizes = [len(part) for part in layout.micro_batches]
-        batches = MicroBatches(sizes, stream, update.ghost_batch or ghost_batch)
+        firsts = [update.samples_seen + part.start for part in layout.micro_batches]
+        batches = MicroBatches(sizes, stream, update.ghost_batch or ghost_batch, firsts)
         yield update, batches
         if batches.taken < len(batches):
             raise UserError(

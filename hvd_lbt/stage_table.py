@@ -46,6 +46,8 @@ def render_plan(
     for stage in plan.stages:
         target = target_workers(stage, recipe.elastic.local_batch)
         cells = stage_cells(asdict(stage), plan.train_samples)
+        if any(one.image_size for one in plan.stages):
+            cells["image size"] = str(stage.image_size or recipe.data.image_size)
         cells["micro-batches a worker"] = _shares(
             recipe, stage, target or workers, micro_batches
         ).text

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from hvd_lbt import comm
 from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
 from hvd_lbt.checkpoint import Checkpoints, open_run
-from hvd_lbt.data.batches import batch_maker
+from hvd_lbt.data.batches import batches_of
 from hvd_lbt.data.identity import Identity, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.samples import Batch
@@ -23,7 +23,7 @@ from hvd_lbt.log.loggers import check_loggers
 from hvd_lbt.log.profile import Profile, allow_timeline
 from hvd_lbt.log.run_log import RunLog
 from hvd_lbt.micro_batch import MicroBatchSizes, Range, UpdateStream
-from hvd_lbt.models import allow_graphs, check_one_sample
+from hvd_lbt.models import allow_graphs, check_image_sizes, check_one_sample
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.run_lock import RunLock, own_run
 from hvd_lbt.sampler import MicroBatches
@@ -150,11 +150,13 @@ class _Run:
                 device=self.training.device,
                 on_skipped=self.log.skipped_sample,
                 on_smaller=partial(self._smaller_evaluation, update),
+                averages=self.training.average.averages if self.training.average else None,
+                image_size=update.image_size,
             )
         except OutOfMemoryError as error:
             self._give_up(update.index + 1, error, "smaller test images or a smaller model")
-        self.log.evaluation(update, asdict(result))
-        return self.checkpoints.better(result.top1)
+        self.log.evaluation(update, result.to_dict())
+        return self.checkpoints.better(result.best_top1)
 
     def state_after(self, updates_done: int) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -210,9 +212,12 @@ def _begin(
         world=world,
         device=local_device(world),
         graphs=0,  # as many as there are sizes, see _stream
+        train_samples=plan.train_samples,
     )
+    sizes = {stage.image_size or recipe.data.image_size for stage in plan.stages}
+    check_image_sizes(training.model, sizes)
     if has_single_samples(plan, recipe.layout.ghost_batch):
-        check_one_sample(training.model, recipe.data.image_size)
+        check_one_sample(training.model, min(sizes))
     if state:
         training.load_state_dict(state)
     comm.broadcast_(training.model.state_dict())
@@ -232,17 +237,17 @@ def _stream(
     """The samples of `updates`, in micro-batches for this rank."""
 
     def make(ranges: Iterable[Range], micro_batch: int) -> Iterator[Batch]:
-        made: Iterator[Batch] = batch_maker(recipe.data).train_batches(
+        return batches_of(
             store,
             recipe.data,
             ranges,
+            plan.image_size_at,
             seed=recipe.run.seed,
             micro_batch=micro_batch,
             device=local_device(world),
             local_size=world.local_size,
             on_skipped=log.skipped_sample,
         )
-        return made
 
     stream = UpdateStream(updates, make, world, sizes, ghost_batches(recipe, plan))
     if recipe.run.compile:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hvd_lbt.data.mixing import Mixing
+from hvd_lbt.ema import WeightAverage
 from hvd_lbt.errors import OutOfMemoryError, UserError
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
+from hvd_lbt.losses import Loss as RecipeLoss
+from hvd_lbt.losses import load_loss
 from hvd_lbt.measure.gradient_noise import GradientNoise
 from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
 from hvd_lbt.models.forward import Forward
@@ -60,7 +64,10 @@ class Training:
     schedule: of the plan. loss(*batch): one loss a sample, (n,), of a micro-batch as the DataLoader
     gives it; cross-entropy of model(images) with labels unless given. forward: instead of loss, the
     sum of the losses and (3,) what `Tally.sums` adds up. reducer: with settings of your own.
-    noise_every: measure the gradient's noise in every so many updates; 0: never.
+    noise_every: measure the gradient's noise in every so many updates; 0: never. clip_norm: clip
+    the sum over all ranks to this norm before each update. mixing: mixup or CutMix of batches of
+    (images, labels); a loss of your own is then called with (images, labels, partners, weights),
+    see `Mixing`. average: of the model's weights, moved after each update.
 
     Batch norm must be `GhostBatchNorm2d`, whose statistics are the same on any number of ranks.
     Raises UserError.
@@ -76,6 +83,9 @@ class Training:
         forward: Forward | None = None,
         reducer: GradientReducer | None = None,
         noise_every: int = 0,
+        clip_norm: float | None = None,
+        mixing: Mixing | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         if loss is not None and forward is not None:
             raise UserError("Training: loss and forward exclude each other; leave one of them out.")
@@ -83,6 +93,8 @@ class Training:
             raise UserError(
                 f"Training: the optimizer is {type(optimizer).__name__}; it must be FusedSGD."
             )
+        if clip_norm is not None and not clip_norm > 0:
+            raise UserError(f"Training: clip_norm is {clip_norm}; it must be above 0, or None.")
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
                 raise UserError(
@@ -97,6 +109,7 @@ class Training:
         self.noise = GradientNoise(model, noise_every)
         self._forward = forward or (_summed(loss) if loss else make_forward(model))
         self._ghost_batch = self.statistics.ghost_batch
+        self._clip_norm, self._mixing, self.average = clip_norm, mixing, average
         optimizer.make_momenta()
 
     def update(self, update: Update, batches: MicroBatches[Any]) -> Tally:
@@ -128,6 +141,8 @@ class Training:
         handles += self.noise.send(reducer.allreduce_async)
         skipped_before = reducer.stats()["skipped"]
         try:
+            if self._clip_norm is not None:
+                reducer.clip_grad_norm_(self._clip_norm)
             self.optimizer.step()
         except OutOfMemoryError:
             for handle in handles:
@@ -144,6 +159,8 @@ class Training:
             self.statistics.discard()  # they may be NaN as the gradient was
         else:
             self.statistics.fold(update.global_batch)
+            if self.average:
+                self.average.update(update.global_batch)
         return Tally(sums=sums, skipped=skipped)
 
     def rehearse(self, ghost_batch: int, *batch: Any) -> None:
@@ -153,6 +170,8 @@ class Training:
         out in forward raises; in backward `reducer.dropped` says so.
         """
         self.statistics.use_ghost_batch(ghost_batch)
+        if self._mixing:
+            batch = self._mixing(*batch, first_sample=0, ghost_batch=ghost_batch)
         loss, _ = self._forward(*batch)
         self.reducer.backward(loss / len(batch[0]), last=False)
 
@@ -177,11 +196,14 @@ class Training:
         If memory runs out, `reducer.dropped` says so: the other ranks will wait for this one's
         sums, so that no error may leave the update before they are sent.
         """
-        place, size = PLACES[0], batches.sizes[batches.taken]
+        index = batches.taken
+        place, size = PLACES[0], batches.sizes[index]
         try:
             parts = _on(self.device, next(batches))
             _check_samples(update, parts, size)
             place = PLACES[1]
+            if self._mixing:
+                parts = _mixed(self._mixing, update, parts, batches, index)
             loss, counted = self._forward(*parts)
             share = loss / update.global_batch
         except Exception as error:
@@ -209,6 +231,7 @@ class Training:
             "optimizer": self.optimizer,
             "reducer": self.reducer,
             "gradient_noise": self.noise,
+            **({"ema": self.average} if self.average else {}),
         }
 
     def _use_ghost_batch(self, update: Update, batches: MicroBatches[Any]) -> None:
@@ -228,11 +251,18 @@ class Training:
 
 
 def make_training(
-    recipe: Recipe, classes: int, *, world: World, device: torch.device, graphs: int
+    recipe: Recipe,
+    classes: int,
+    *,
+    world: World,
+    device: torch.device,
+    graphs: int,
+    train_samples: int,
 ) -> Training:
     """The training of a recipe, its weights drawn by run.seed.
 
-    graphs: how many sizes of micro-batch there are, for run.compile.
+    train_samples: of an epoch. graphs: how many sizes of micro-batch there are, for run.compile.
+    Raises UserError.
     """
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, classes, recipe.layout.ghost_batch).to(device)
@@ -248,9 +278,22 @@ def make_training(
         bucket_mb=recipe.wire.bucket_mb,
         max_bad_updates=recipe.run.max_bad_updates,
     )
+    own, outputs = recipe.loss.function, recipe.model.num_classes or classes
     forward = make_forward(
-        model, bf16=recipe.run.precision == "bf16", channels_last=recipe.run.channels_last
+        model,
+        bf16=recipe.run.precision == "bf16",
+        channels_last=recipe.run.channels_last,
+        loss=RecipeLoss(
+            label_smoothing=recipe.loss.label_smoothing,
+            function=load_loss(own, outputs, device) if own else None,
+        ),
     )
+    mixing = average = None
+    if recipe.loss.mixes:
+        alphas = {"mixup": recipe.loss.mixup, "cutmix": recipe.loss.cutmix}
+        mixing = Mixing(seed=recipe.run.seed, train_samples=train_samples, **alphas)
+    if recipe.ema.decay is not None:
+        average = WeightAverage(model, decay=recipe.ema.decay, global_batch=first.global_batch)
     return Training(
         model,
         optimizer,
@@ -258,6 +301,9 @@ def make_training(
         forward=compiled(forward, graphs) if recipe.run.compile else forward,
         reducer=reducer,
         noise_every=recipe.run.noise_every,
+        clip_norm=recipe.optimizer.clip_norm,
+        mixing=mixing,
+        average=average,
     )
 
 
@@ -282,6 +328,25 @@ def _on(device: torch.device, batch: Any) -> tuple[Any, ...]:
     """The parts of a batch as arguments, their tensors on the device."""
     parts = batch if isinstance(batch, list | tuple) else (batch,)
     return tuple(_moved(part, device) for part in parts)
+
+
+def _mixed(
+    mixing: Mixing, update: Update, parts: tuple[Any, ...], batches: MicroBatches[Any], index: int
+) -> tuple[Any, ...]:
+    """A micro-batch of (images, labels), mixed."""
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise UserError(
+            f"update {update.index}: mixing needs batches of (images, labels), two tensors, and "
+            f"this one has {len(parts)} parts. Mix in a loss of your own, or leave mixing out."
+        )
+    if batches.ghost_batch == 1:
+        raise UserError(
+            "mixing: with ghost batches of one sample none has a partner. Make PlanSampler(…, "
+            "ghost_batch=…) at least 2."
+        )
+    return mixing(
+        *parts, first_sample=batches.first_samples[index], ghost_batch=batches.ghost_batch
+    )
 
 
 def _check_samples(update: Update, parts: tuple[Any, ...], wanted: int) -> None:

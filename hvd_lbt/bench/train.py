@@ -74,6 +74,25 @@ class BareLoop:
         self.optimizer.zero_grad()
 
 
+def _check_plain(recipe: Recipe) -> None:
+    """Raise UserError for what the bare loop does not do."""
+    kept = {
+        "loss.label_smoothing": recipe.loss.label_smoothing,
+        "loss.mixup": recipe.loss.mixup,
+        "loss.cutmix": recipe.loss.cutmix,
+        "loss.function": recipe.loss.function,
+        "ema.decay": recipe.ema.decay,
+        "optimizer.clip_norm": recipe.optimizer.clip_norm,
+    }
+    for key, value in kept.items():
+        if value:
+            off = 0 if key in ("loss.label_smoothing", "loss.mixup", "loss.cutmix") else "null"
+            raise UserError(
+                f"{key}: {value} is not what the bare loop does, which `bench train` is "
+                f"compared with; add --set {key}={off}."
+            )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt bench train`."""
     parser.add_argument("--recipe", default="cifar10_small", help="whose network [cifar10_small]")
@@ -108,6 +127,7 @@ def main(args: argparse.Namespace) -> int:  # long: both loops and what they sha
     device = local_device(world)
     one_rank = ["wire.form=fp32"] if world.size == 1 else []
     recipe = load_recipe(args.recipe, [*one_rank, *args.settings])
+    _check_plain(recipe)
     settings = {
         "recipe": args.recipe,
         "set": args.settings,
@@ -122,7 +142,9 @@ def main(args: argparse.Namespace) -> int:  # long: both loops and what they sha
     every = recipe.run.noise_every
     measuring = recipe.model_copy(update={"run": recipe.run.model_copy(update={"noise_every": 2})})
     graphs = 2 * len(args.batches)
-    training = make_training(measuring, 10, world=world, device=device, graphs=graphs)
+    training = make_training(
+        measuring, 10, world=world, device=device, graphs=graphs, train_samples=1
+    )
     if recipe.layout.micro_batch == "auto":
         recipe = _with_number(recipe, max(args.batches), training, world)
     settings["micro_batch"] = recipe.layout.micro_batch

@@ -9,28 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORDS = 4  # 64-bit words that one value of Philox's counter gives
-ORDER, UNIFORMS = 0, 1  # what the words are for; each has keys of its own
+# What the words are for; each has keys of its own: Philox's second key word is 2^48·(purpose // 2)
+# + 2·epoch + purpose % 2, and epochs stay below 2^47.
+ORDER, UNIFORMS, MIXING = 0, 1, 2
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order of n samples in this epoch: a permutation of 0 … n − 1, int64 (n,).
 
-    seed in [0, 2^64), epoch in [0, 2^63).
+    seed in [0, 2^64), epoch in [0, 2^47).
     """
     words = _philox(seed, epoch, ORDER, 0).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 def sample_uniforms(
-    seed: int, epoch: int, first_position: int, count: int, draws: int
+    seed: int,
+    epoch: int,
+    first_position: int,
+    count: int,
+    draws: int,
+    *,
+    purpose: int = UNIFORMS,
 ) -> NDArray[np.float64]:
     """`draws` numbers in [0, 1) for each position of [first, first + count): (count, draws).
 
     A position has ceil(draws / 4) counter values to itself, so a part of a range has the numbers
-    that the whole range has there.
+    that the whole range has there. purpose: another one has other numbers.
     """
     blocks = -(-draws // WORDS)
-    generator = _philox(seed, epoch, UNIFORMS, first_position * blocks)
+    generator = _philox(seed, epoch, purpose, first_position * blocks)
     words = generator.random_raw(count * blocks * WORDS).reshape(count, blocks * WORDS)
     bits = words[:, :draws] >> np.uint64(11)  # the 53 that float64 holds
     return bits.astype(np.float64) * 2.0**-53
@@ -69,4 +77,5 @@ class SampleStream:
 
 
 def _philox(seed: int, epoch: int, purpose: int, counter: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed, 2 * epoch + purpose], np.uint64), counter=counter)
+    word = (purpose // 2 << 48) + 2 * epoch + purpose % 2
+    return np.random.Philox(key=np.array([seed, word], np.uint64), counter=counter)

@@ -220,13 +220,18 @@ class RunLog:
         seen = update.samples_seen + update.global_batch
         epoch = seen / self.plan.train_samples
         self.event("eval", update=done, epoch=epoch, samples_seen=seen, **values)
-        self._log(done, {f"test/{key}": values[key] for key in ("loss", "top1", "top5")})
+        self._log(done, {f"test/{key}": values[key] for key in values.keys() - {"samples"}})
         for output in self._outputs:
             output.flush()
         self._accuracy = f" · test {values['top1']:.2%}"
         self.say(
             f"epoch {epoch:6.2f} · update {done:>6} · test loss {values['loss']:.4f} · "
             f"top-1 {values['top1']:.2%} · top-5 {values['top5']:.2%} of {values['samples']:,}"
+            + (
+                f" · averaged weights: top-1 {values['ema_top1']:.2%}"
+                if "ema_top1" in values
+                else ""
+            )
         )
         self._last = time.perf_counter()  # an evaluation is no part of the next update
 

@@ -8,6 +8,7 @@ from torch import nn
 from hvd_lbt.errors import UserError
 from hvd_lbt.models.forward import allow_graphs, compiled, make_forward
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics, check_one_sample
+from hvd_lbt.models.image_size import check_image_sizes
 from hvd_lbt.models.inception_resnet import InceptionResNetV2
 from hvd_lbt.models.perceptron import Perceptron
 from hvd_lbt.models.resnet import DEPTHS, ResNet
@@ -19,6 +20,7 @@ __all__ = [
     "RunningStatistics",
     "allow_graphs",
     "build_model",
+    "check_image_sizes",
     "check_one_sample",
     "compiled",
     "make_forward",

@@ -9,24 +9,34 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.losses import Loss, right_answers
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
-def make_forward(model: nn.Module, *, bf16: bool = False, channels_last: bool = False) -> Forward:
-    """images, labels → sum of their losses, and (3,): it, correct answers, samples counted."""
+def make_forward(
+    model: nn.Module,
+    *,
+    bf16: bool = False,
+    channels_last: bool = False,
+    loss: Loss | None = None,
+) -> Forward:
+    """images, labels → sum of their losses, and (3,): it, correct answers, samples counted.
+
+    Mixed images come with their partners' labels and the weights of their own.
+    """
+    loss = loss or Loss()
     device = next(model.parameters()).device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(images: Tensor, labels: Tensor, *mixed: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(images.contiguous(memory_format=memory_format))
-        losses = F.cross_entropy(logits.float(), labels, reduction="sum")
-        right = (logits.argmax(1) == labels).sum()
-        return losses, torch.stack([losses.detach(), right, (labels >= 0).sum()])
+        total = loss(logits.float(), labels, *mixed)
+        right = right_answers(logits, labels, *mixed)
+        return total, torch.stack([total.detach(), right, (labels >= 0).sum()])
 
     return forward
 

@@ -19,6 +19,7 @@ from hvd_lbt.schedule.plan_time import Cluster, StageTime, stage_times
 from hvd_lbt.schedule.settings import (
     Cosine,
     Milestone,
+    Polynomial,
     ScaledStart,
     Schedule,
     SettingError,
@@ -33,6 +34,7 @@ __all__ = [
     "Link",
     "Milestone",
     "Plan",
+    "Polynomial",
     "ScaledStart",
     "Schedule",
     "SettingError",

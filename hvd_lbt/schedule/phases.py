@@ -1,21 +1,22 @@
 """From a schedule to phases: what changes at each fall of the noise scale, lr or batch (pure)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from math import acos, cos, pi, prod
 from typing import Literal
 
 from hvd_lbt.schedule.settings import Schedule
 
-Shape = Literal["constant", "warm_up", "cosine"]
+Shape = Literal["constant", "warm_up", "cosine", "polynomial"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """What the optimizer is given from `epoch` on, until the next phase.
 
-    lr: what `shape` scales, see `lr_share`; ghost_batch: None is the layout's.
+    lr: what `shape` scales, see `lr_share`; ghost_batch: None is the layout's; image_size: None is
+    that of the data.
     """
 
     epoch: float
@@ -24,11 +25,19 @@ class Phase:
     momentum: float
     shape: Shape = "constant"
     ghost_batch: int | None = None
+    image_size: int | None = None
 
 
 def phases(schedule: Schedule) -> tuple[Phase, ...]:
-    """One phase for the warm-up, one for what follows it, one for each fall of the noise scale."""
-    falls = _cosine(schedule) if schedule.cosine else _milestones(schedule)
+    """One phase for the warm-up, one for what follows it, one for each fall of the noise scale.
+
+    A milestone with an image_size begins a phase of its own within what it falls into.
+    """
+    return tuple(_with_image_sizes(_without_image_sizes(schedule), schedule))
+
+
+def _without_image_sizes(schedule: Schedule) -> tuple[Phase, ...]:
+    falls = _curve(schedule) if schedule.curve else _milestones(schedule)
     if schedule.warm_up is None:
         return tuple(falls)
     first, *later = falls
@@ -50,20 +59,34 @@ def phases(schedule: Schedule) -> tuple[Phase, ...]:
     return (rise, rest, *later)
 
 
+def _with_image_sizes(spans: tuple[Phase, ...], schedule: Schedule) -> Iterator[Phase]:
+    """The phases, cut where the images change their size."""
+    sizes = {one.epoch: one.image_size for one in schedule.milestones if one.image_size}
+    by_epoch = {span.epoch: span for span in spans}
+    span, image_size = spans[0], None
+    for epoch in sorted(by_epoch.keys() | sizes.keys()):
+        span = by_epoch.get(epoch, span)
+        image_size = sizes.get(epoch, image_size)
+        yield replace(span, epoch=epoch, image_size=image_size)
+
+
 def lr_share(schedule: Schedule, shape: Shape, epoch: float) -> float:
     """The lr of an update that begins at `epoch`, as a share of its phase's lr.
 
     warm_up: s + (1−s)·epoch/W for first_lr = s·lr and W epochs (Goyal et al. 2017, 2.2); cosine:
-    (1 + cos πt)/2 with t = (epoch−W)/(E−W), E epochs in all (Loshchilov & Hutter 2017).
+    (1 + cos πt)/2 with t = (epoch−W)/(E−W), E epochs in all (Loshchilov & Hutter 2017); polynomial:
+    (1 − t)^power.
     """
     if shape == "warm_up":
         assert schedule.warm_up is not None
         first = schedule.warm_up.first_lr / schedule.first_lr
         return first + (1 - first) * epoch / schedule.warm_up.epochs
-    if shape == "cosine":
-        begin = _cosine_begin(schedule)
+    if shape in ("cosine", "polynomial"):
+        begin = _curve_begin(schedule)
         # An update may begin just before the epoch at which the warm-up is to end.
         passed = max(0.0, epoch - begin) / (schedule.epochs - begin)
+        if schedule.polynomial is not None:
+            return (1 - passed) ** schedule.polynomial.power
         return (1 + cos(pi * passed)) / 2
     return 1.0
 
@@ -79,12 +102,12 @@ def _milestones(schedule: Schedule) -> Iterator[Phase]:
     exactly: ε = ε_0·(B/B_0)/(f_1·…·f_k). B_0 is the batch of the first noise scale, not rounded,
     and all factors are cumulative, so rounding does not add up.
     """
-    milestones = schedule.milestones
+    milestones = schedule.falling_milestones
     momenta = [schedule.first_momentum]
     for milestone in milestones:
         momenta.append(momenta[-1] if milestone.momentum is None else milestone.momentum)
     factors = [
-        milestone.factor * (1 - before) / (1 - after)
+        (milestone.factor or 1.0) * (1 - before) / (1 - after)
         for milestone, (before, after) in zip(milestones, pairwise(momenta), strict=True)
     ]
     first_batch = schedule.wanted_global_batch
@@ -104,19 +127,19 @@ def _milestones(schedule: Schedule) -> Iterator[Phase]:
         )
 
 
-def _cosine(schedule: Schedule) -> Iterator[Phase]:
-    """One phase, or with grow_batch one for each rise of the batch.
+def _curve(schedule: Schedule) -> Iterator[Phase]:
+    """One phase of a curve, or with grow_batch one for each rise of the batch.
 
     The batch is B_k = min(factor^k·B_0, max_global_batch) from where the curve has fallen to
     B_0/B_k
     on: with lr = ε_0·(B_k/B_0)·curve each update has g = g_0·curve, and the lr is never above ε_0
     (but for rounding).
     """
-    assert schedule.cosine is not None
+    assert schedule.curve is not None
     first_batch = schedule.wanted_global_batch
-    factor = schedule.cosine.batch_factor or 2.0
+    factor = schedule.curve.batch_factor or 2.0
     largest = schedule.rounded(schedule.max_global_batch)
-    begin = _cosine_begin(schedule)
+    begin = _curve_begin(schedule)
     before = 0
     for rise in count():
         wanted = min(first_batch * factor**rise, float(largest))
@@ -124,16 +147,25 @@ def _cosine(schedule: Schedule) -> Iterator[Phase]:
         if global_batch > before:
             share = first_batch / wanted
             yield Phase(
-                epoch=begin + (schedule.epochs - begin) * acos(2 * share - 1) / pi if rise else 0.0,
+                epoch=begin + (schedule.epochs - begin) * _reached(schedule, share)
+                if rise
+                else 0.0,
                 global_batch=global_batch,
                 lr=schedule.first_lr * (global_batch / first_batch),
                 momentum=schedule.first_momentum,
-                shape="cosine",
+                shape="cosine" if schedule.cosine else "polynomial",
             )
         if schedule.policy == "decay_lr" or wanted == largest:
             return
         before = max(before, global_batch)
 
 
-def _cosine_begin(schedule: Schedule) -> float:
+def _reached(schedule: Schedule, share: float) -> float:
+    """Where on its way, 0 to 1, the curve has fallen to this share of its beginning."""
+    if schedule.polynomial is not None:
+        return 1 - share ** (1 / schedule.polynomial.power)
+    return acos(2 * share - 1) / pi
+
+
+def _curve_begin(schedule: Schedule) -> float:
     return schedule.warm_up.epochs if schedule.warm_up else 0.0

@@ -25,7 +25,8 @@ class Stage:
     first_sample: samples seen before it; samples: seen in it. Updates are of `global_batch`
     samples, except the last of the run, which takes what is left (or one sample more, so that none
     is a single sample), with the lr in proportion. lr and the noise scales are those of its first
-    update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's.
+    update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's; image_size:
+    None is that of the data.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Stage:
     last_noise_scale: float
     shape: Shape
     ghost_batch: int | None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Update:
     epoch, samples_seen: before this update; global_batch: the samples of this very update. settled:
     the share of its steady state that a momentum buffer, zero at first, reaches with this update
     where gradients do not change: 1 − m^(index+1), with momenta that change 1 − the product of all
-    updates' momenta. ghost_batch: None is the layout's.
+    updates' momenta. ghost_batch: None is the layout's; image_size: None is that of the data.
     """
 
     index: int
@@ -64,6 +66,7 @@ class Update:
     noise_scale: float
     settled: float
     ghost_batch: int | None
+    image_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,11 @@ class Plan:
     def samples(self) -> int:
         """Samples of the whole run: epochs·N, rounded once."""
         return self.stages[-1].first_sample + self.stages[-1].samples
+
+    def image_size_at(self, sample: int) -> int | None:
+        """The size of the images where this many samples were seen, None: that of the data."""
+        place = bisect_right(self.stages, sample, key=lambda stage: stage.first_sample)
+        return self.stages[max(0, place - 1)].image_size
 
     def at(self, update: int) -> Update:
         """The update of this index. Raises IndexError outside of 0 … updates − 1."""
@@ -113,6 +121,7 @@ class Plan:
             noise_scale=noise_scale(lr, stage.momentum, self.train_samples, global_batch),
             settled=1 - unsettled,
             ghost_batch=stage.ghost_batch,
+            image_size=stage.image_size,
         )
 
 
@@ -191,6 +200,7 @@ def _stage(
         last_noise_scale=noise_scale(last_lr, *others),
         shape=span.shape,
         ghost_batch=span.ghost_batch,
+        image_size=span.image_size,
     )
 
 

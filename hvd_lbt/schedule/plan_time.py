@@ -111,7 +111,7 @@ def _stage_time(plan: Plan, stage: Stage, profile: SpeedProfile, cluster: Cluste
     target = target_workers(stage, cluster.local_batch)
     if target is not None:
         cluster = replace(cluster, workers=min(cluster.workers, target))
-    size = cluster.image_size
+    size = stage.image_size or cluster.image_size
     ghost_batch = stage.ghost_batch or cluster.ghost_batch
 
     def update_of(samples: int) -> UpdateTime:
@@ -147,7 +147,9 @@ def _with_policy(schedule: Schedule, policy: str) -> Schedule:
     """The schedule with another policy, and without the settings that only its own has."""
     if policy == schedule.policy:
         return schedule
-    cosine = schedule.cosine
-    if cosine is not None and policy == "decay_lr":
-        cosine = replace(cosine, batch_factor=None)
-    return replace(schedule, policy=policy, batch_milestones=None, cosine=cosine)  # type: ignore[arg-type]
+    curves = {"cosine": schedule.cosine, "polynomial": schedule.polynomial}
+    if policy == "decay_lr":
+        curves = {
+            name: replace(one, batch_factor=None) if one else None for name, one in curves.items()
+        }
+    return replace(schedule, policy=policy, batch_milestones=None, **curves)  # type: ignore[arg-type]

@@ -58,7 +58,9 @@ class Bounds:
 MAX_STAGES = 1_000
 MAX_FALL = 1e12  # of the noise scale, from the first stage to the last
 Count = Annotated[int, Bounds(least=1, most=10**10)]
+Pixels = Annotated[int, Bounds(least=1, most=16_384)]
 Positive = Annotated[float, Bounds(above=0, most=1e9)]
+Power = Annotated[float, Bounds(above=0, least=0.01, most=10)]
 LearningRate = Annotated[float, Bounds(above=0, least=1e-12, most=1e9)]
 Factor = Annotated[float, Bounds(above=1, most=MAX_FALL)]
 Momentum = Annotated[float, Bounds(least=0, below=1)]
@@ -89,14 +91,34 @@ class _Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Milestone(_Checked):
-    """At `epoch` the noise scale falls by `factor`."""
+    """At `epoch` the noise scale falls by `factor`, or the images change their size, or both."""
 
     epoch: Positive
-    factor: Factor
+    factor: Factor | None = None
+    """None: the noise scale stays, and only `image_size` changes here."""
     momentum: Momentum | None = None
     """The momentum from here on; batch or lr change so that the noise scale is as planned."""
     ghost_batch: Count | None = None
     """The ghost batch from here on; None: as before."""
+    image_size: Pixels | None = None
+    """Side of the training images from here on, in pixels; None: as before."""
+
+    @property
+    def falls(self) -> bool:
+        """Whether the noise scale falls here."""
+        return self.factor is not None
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.factor is not None:
+            return
+        if self.image_size is None:
+            yield ".factor: it is missing; a milestone has a factor, an image_size, or both."
+        for name in ("momentum", "ghost_batch"):
+            if getattr(self, name) is not None:
+                yield (
+                    f".{name}: {getattr(self, name):g} is for a milestone at which the noise scale "
+                    "falls; give it a factor too."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +144,18 @@ class Cosine(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Polynomial(_Checked):
+    """The noise scale falls as (1 − t)^power, t from 0 (after the warm-up) to 1 (the end).
+
+    The policies are those of `Cosine`. power 1: linear; 2: as in MLPerf's ResNet-50.
+    """
+
+    power: Power
+    batch_factor: Factor | None = None
+    """grow_batch only: by how much the batch rises at each step [2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScaledStart(_Checked):
     """Start from a larger lr or momentum; the first batch grows to keep the noise scale."""
 
@@ -141,7 +175,9 @@ class Schedule(_Checked):
     max_global_batch: Count = 65_536
     milestones: tuple[Milestone, ...] = ()
     cosine: Cosine | None = None
-    """Instead of milestones."""
+    """Instead of milestones at which the noise scale falls."""
+    polynomial: Polynomial | None = None
+    """Another such curve."""
     scaled_start: ScaledStart | None = None
     warm_up: WarmUp | None = None
     batch_multiple: Count = 1
@@ -193,8 +229,18 @@ class Schedule(_Checked):
         return {
             "decay_lr": 0,
             "hybrid": self.batch_milestones or 1,
-            "grow_batch": len(self.milestones),
+            "grow_batch": len(self.falling_milestones),
         }[self.policy]
+
+    @property
+    def falling_milestones(self) -> tuple[Milestone, ...]:
+        """Those at which the noise scale falls."""
+        return tuple(milestone for milestone in self.milestones if milestone.falls)
+
+    @property
+    def curve(self) -> Cosine | Polynomial | None:
+        """The curve that the noise scale falls along, if it does not fall at milestones."""
+        return self.cosine or self.polynomial
 
     def rounded(self, global_batch: float) -> int:
         """The nearest multiple of batch_multiple, at least one, at most max_global_batch."""
@@ -206,7 +252,7 @@ class Schedule(_Checked):
         yield from self._milestone_conflicts()
         yield from self._batch_conflicts()
         yield from self._warm_up_conflicts()
-        yield from self._cosine_conflicts()
+        yield from self._curve_conflicts()
         yield from self._momentum_conflicts()
         yield from self._hybrid_conflicts()
 
@@ -227,11 +273,18 @@ class Schedule(_Checked):
                 f".milestones: {len(self.milestones):,} are too many; at most {MAX_STAGES - 1:,} "
                 "are allowed."
             )
-        if (fall := prod(milestone.factor for milestone in self.milestones)) > MAX_FALL:
+        if (fall := prod(one.factor or 1.0 for one in self.milestones)) > MAX_FALL:
             yield (
                 f".milestones: their factors together lower the noise scale by {fall:g}; at most "
                 f"{MAX_FALL:g} is allowed."
             )
+        sizes = [(place, one.image_size) for place, one in enumerate(self.milestones)]
+        for (_, before), (place, size) in pairwise([one for one in sizes if one[1] is not None]):
+            if size == before:
+                yield (
+                    f".milestones[{place}].image_size: the images are of {size} pixels before it "
+                    "too; leave it out."
+                )
 
     def _batch_conflicts(self) -> Iterator[str]:
         if self.global_batch > self.max_global_batch:
@@ -260,38 +313,45 @@ class Schedule(_Checked):
                 f".warm_up.first_lr: {self.warm_up.first_lr:g} must be smaller than the lr "
                 f"that it rises to, {self.first_lr:g}."
             )
-        end = self.milestones[0].epoch if self.milestones else self.epochs
+        falls = self.falling_milestones
+        end = falls[0].epoch if falls else self.epochs
         if self.warm_up.epochs >= end:
             yield f".warm_up.epochs: {self.warm_up.epochs:g} must be fewer than " + (
                 f"the epoch of the first of schedule.milestones, {end:g}."
-                if self.milestones
+                if falls
                 else f"schedule.epochs = {end:g}."
             )
 
-    def _cosine_conflicts(self) -> Iterator[str]:
-        if self.cosine is None:
+    def _curve_conflicts(self) -> Iterator[str]:
+        curve, name = self.curve, "cosine" if self.cosine else "polynomial"
+        if curve is None:
             return
-        if self.milestones:
+        if self.cosine and self.polynomial:
             yield (
-                ".cosine: the noise scale falls along the curve or at schedule.milestones; leave "
-                "out one of the two."
+                ".polynomial: schedule.cosine is a curve too, and the noise scale falls along one; "
+                "leave one of the two out."
+            )
+        if self.falling_milestones:
+            yield (
+                f".{name}: the noise scale falls along the curve or at schedule.milestones; leave "
+                "out one of the two (milestones with an image_size alone may stay)."
             )
         if self.policy == "hybrid":
             yield (
-                ".policy: 'hybrid' shares milestones out, and schedule.cosine has none; it must be "
-                "decay_lr or grow_batch."
+                f".policy: 'hybrid' shares milestones out, and schedule.{name} has none; it must "
+                "be decay_lr or grow_batch."
             )
         rise = self.max_global_batch / self.wanted_global_batch
-        factor = self.cosine.batch_factor or 2.0
+        factor = curve.batch_factor or 2.0
         if self.policy == "grow_batch" and rise > 1 and log(rise) > MAX_STAGES * log(factor):
             yield (
-                f".cosine.batch_factor: {factor:.12g} makes more than {MAX_STAGES:,} stages on the "
+                f".{name}.batch_factor: {factor:.12g} makes more than {MAX_STAGES:,} stages on the "
                 f"way to schedule.max_global_batch = {self.max_global_batch}; it must be at least "
                 f"{rise ** (1 / MAX_STAGES):.6g}."
             )
-        if self.policy == "decay_lr" and self.cosine.batch_factor is not None:
+        if self.policy == "decay_lr" and curve.batch_factor is not None:
             yield (
-                f".cosine.batch_factor: {self.cosine.batch_factor:g} has no effect with policy "
+                f".{name}.batch_factor: {curve.batch_factor:g} has no effect with policy "
                 "decay_lr; leave it out, or set schedule.policy to grow_batch."
             )
 
@@ -315,11 +375,11 @@ class Schedule(_Checked):
                     f".batch_milestones: {self.batch_milestones} has no effect with policy "
                     f"{self.policy}; leave it out, or set schedule.policy to hybrid."
                 )
-        elif self.growing_milestones > len(self.milestones):
+        elif self.growing_milestones > len(self.falling_milestones):
             yield (
                 f".batch_milestones: {self.growing_milestones} milestones are to raise the batch, "
-                f"and schedule.milestones has {len(self.milestones)}; it must have at least as "
-                "many."
+                f"and schedule.milestones has {len(self.falling_milestones)} with a factor; it "
+                "must have at least as many."
             )
 
 

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from hvd_lbt.recipe import SHIPPED, load_recipe, shipped_recipes
+from hvd_lbt.report.published import published_points
 from hvd_lbt.schedule.plan import make_plan
 
 PUBLISHED_UPDATES = {
@@ -92,7 +93,15 @@ STAGES = {
         (2_931, 391, 76_824_576, 25_624_576, 65_536, 0.128),
         (3_322, 197, 102_449_152, 12_855_878, 65_536, 0.0128),
     ],
+    "imagenet_resnet50_fewest_updates": [
+        (0, 625, 0, 20_480_000, 32_768, 0.1),
+        (625, 469, 20_480_000, 15_368_192, 32_768, 6.4),
+        (1_094, 81, 35_848_192, 2_654_208, 32_768, 3.60382315478),
+        (1_175, 311, 38_502_400, 20_381_696, 65_536, 6.4023663007),
+        (1_486, 353, 58_884_096, 23_110_592, 65_536, 1.80774907723),
+    ],
 }
+FEWEST = "imagenet_resnet50_fewest_updates"
 # g at the start, and the factor by which each stage lowers it
 NOISE = {"cifar10": (390.625, 5), "imagenet_inception": (4691.773682, 10)}
 
@@ -145,6 +154,20 @@ def test_both_cosine_recipes_have_the_same_noise_at_the_same_epoch():
 def test_momentum_of_the_raised_schedules():
     assert {s.momentum for s in plan_of("cifar10_grow_batch_lr_momentum").stages} == {0.98}
     assert {s.momentum for s in plan_of("imagenet_inception_m0975").stages} == {0.975}
+
+
+def test_the_recipe_with_the_fewest_updates_has_fewer_than_published_without_lars():
+    plan, recipe = plan_of(FEWEST), load_recipe(FEWEST)
+    without_lars = [point.updates for point in published_points() if point.optimizer != "LARS"]
+    assert sorted(without_lars) == [2_512, 3_282, 3_596]
+    assert plan.updates == 1_839 < min(without_lars)
+    assert [stage.image_size or recipe.data.image_size for stage in plan.stages] == [
+        *(128, 128, 192, 192, 224)
+    ]
+    goyal = plan_of("imagenet_resnet50").stages[1].noise_scale
+    assert plan.stages[1].noise_scale == pytest.approx(goyal)
+    assert recipe.loss.label_smoothing == 0.1
+    assert not recipe.optimizer.decay_norm_and_bias
 
 
 def test_the_last_update_takes_the_samples_left():

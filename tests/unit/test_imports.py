@@ -23,7 +23,7 @@ LAYERS = [
     {"speed_profile"},
     {"terminal", "arguments", "rounding"},
     {"out_of_memory", "memory"},
-    {"recipe", "optim", "models", "comm", "state", "rank_agreement"},
+    {"recipe", "optim", "losses", "models", "ema", "comm", "state", "rank_agreement"},
     {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table", "time_table"},
     {"log", "sampler"},
     {"training", "micro_batch"},

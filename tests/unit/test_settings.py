@@ -13,6 +13,7 @@ from hvd_lbt.recipe import Recipe, load_recipe, shipped_recipes
 from hvd_lbt.schedule import (
     Cosine,
     Milestone,
+    Polynomial,
     ScaledStart,
     Schedule,
     SettingError,
@@ -29,7 +30,8 @@ def test_a_recipe_and_python_make_the_same_plan(name):
     recipe = load_recipe(name)
     written = recipe.to_dict()["schedule"]
     written["milestones"] = [Milestone(**one) for one in written["milestones"]]
-    for key, kind in {"cosine": Cosine, "scaled_start": ScaledStart, "warm_up": WarmUp}.items():
+    kinds = {"cosine": Cosine, "polynomial": Polynomial}
+    for key, kind in (kinds | {"scaled_start": ScaledStart, "warm_up": WarmUp}).items():
         if written[key] is not None:
             written[key] = kind(**written[key])
     mine = Schedule(**written)

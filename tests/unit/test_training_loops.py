@@ -91,9 +91,8 @@ def test_the_reducer_clips_the_norm_of_the_sum(kind, wire, size, max_norm):
         peer.step()
         peer.zero_grad()
         torch.testing.assert_close(norm, wanted, rtol=1e-3, atol=0)
-        if wire == "fp32":
-            applied = min(float(wanted), max_norm) ** 2
-            assert float(reducer.squared_norm()) == pytest.approx(applied, rel=1e-3)
+        if wire == "fp32":  # before clipping: the gradient's noise is measured of that
+            assert float(reducer.squared_norm()) == pytest.approx(float(wanted) ** 2, rel=1e-3)
     for own, its in zip(model.parameters(), twin.parameters(), strict=True):
         largest = its.detach().abs().max()
         torch.testing.assert_close(own, its, rtol=0, atol=float(2e-3 * largest))
