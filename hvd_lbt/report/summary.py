@@ -17,14 +17,15 @@ NAME = 90  # characters of a group's name
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the finished runs of a group did. seconds: mean, of the updates alone; accuracies: 0..1,
-    of those that were evaluated at the end.
+    """What the finished runs of a group did. seconds: mean, of the updates alone; untimed: updates
+    without a line; accuracies: 0..1, of those that were evaluated at the end.
     """
 
     group: Group
     runs: int
     updates: int
     seconds: float
+    untimed: int
     accuracies: list[float]
 
     @property
@@ -62,6 +63,12 @@ def summarise(groups: Sequence[Group]) -> Summary:
         sentences.extend(_against_the_plan(base))
     for other in others:
         sentences.append(_against(other, base))
+    for outcome in outcomes:
+        if outcome.untimed:
+            notes.append(
+                f"{_name(outcome.group)}: {outcome.untimed:,} updates have no line, so its time is "
+                "too short."
+            )
     if others:
         notes.append(
             "Times are those of the updates, as measured; evaluations, start-up and what was done "
@@ -86,6 +93,7 @@ def _outcome(group: Group) -> Outcome | None:
         runs=len(finished),
         updates=finished[0].planned,
         seconds=3600 * float(np.mean([run.hours[-1] for run in finished])),
+        untimed=sum(run.planned - len(run.updates["update"]) for run in finished),
         accuracies=[run.final for run in finished if run.final is not None],
     )
 

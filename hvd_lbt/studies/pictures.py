@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from hvd_lbt.report.colours import COLOURS
+from hvd_lbt.report.colours import COLOURS, POLICIES, assign
 from hvd_lbt.report.pictures import FONTS
 
 Results = dict[str, Any]
@@ -33,8 +33,8 @@ def draw_curves(
         for row, panel in zip(grid, panels, strict=True):
             arms = [arm for arm in found["arms"] if arm["panel"] == panel]
             for axes, (quantity, against) in zip(row, columns, strict=True):
-                for place, arm in enumerate(arms):
-                    curve, colour = arm[quantity], COLOURS[place % len(COLOURS)]
+                for place, (arm, colour) in enumerate(zip(arms, _colours(arms), strict=True)):
+                    curve = arm[quantity]
                     x = curve[against]
                     width = max(1.3, 2.6 - 0.5 * place)
                     axes.plot(x, curve["mean"], color=colour, linewidth=width, label=arm["label"])
@@ -63,6 +63,16 @@ def draw_curves(
             handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
         )
     return figure
+
+
+def _colours(arms: Sequence[Results]) -> list[str]:
+    """As reports colour them, by the policy that an arm's name ends with; else in order."""
+    policies = [
+        next((policy for policy in POLICIES if arm["name"].endswith(policy)), "") for arm in arms
+    ]
+    if not any(policies):
+        return [COLOURS[place % len(COLOURS)] for place in range(len(arms))]
+    return [COLOURS[place] for place, _ in assign(policies)]
 
 
 def _late_range(arms: Sequence[Results]) -> tuple[float, float]:
