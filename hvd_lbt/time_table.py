@@ -21,6 +21,7 @@ from hvd_lbt.schedule.plan_time import (
 from hvd_lbt.schedule.speed import LARGEST, SpeedProfile
 
 UNKNOWN = "?"
+CHECKED_NODES = 16  # of the largest published rows that the model was compared with
 
 
 def render_times(
@@ -181,6 +182,13 @@ def _notes(
             )
     for times in by_workers[1:]:  # the plan's own table says it of the first
         notes.extend(_idle(times))
+    most = max(time.workers for times in by_workers for time in times)
+    nodes = -(-most // profile.workers_per_node)
+    if nodes > CHECKED_NODES:
+        notes.append(
+            f"{most:,} workers are {nodes:,} nodes: the model was compared with published speeds "
+            f"of up to {CHECKED_NODES} nodes."
+        )
     if recipe.elastic.local_batch is not None:
         notes.append(
             f"A stage runs on ceil(global batch / {recipe.elastic.local_batch}) workers "

@@ -118,6 +118,7 @@ def test_the_plan_compares_workers_and_policies(capsys, monkeypatch):
     assert len(re.findall(r"grow_batch \(this recipe\)", out)) == 2
     assert "workers without samples: 256 of 512 in stage 1; 256 of 512 in stage 2." in out
     assert "update_seconds is not measured" in out
+    assert "512 workers are 64 nodes: the model was compared" in out
     assert "github.com" in out or "Oneflow-Inc/DLPerf" in out
 
 
