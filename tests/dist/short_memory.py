@@ -1,11 +1,11 @@
-"""`python short_memory.py train …` is `hvd_lbt train …` on ranks of which rank 1 has little memory.
+"""`python short_memory.py train …` is `hvd_lbt train …` where rank 1, or the only one, has little
+memory.
 
 Each sample of a pass takes 16 MiB more than it needs (of addresses: nothing is written there): in
 the forward of update 2 and later, at the second stage's gradient in the last backward from update 4
 on, and in evaluation. On rank 1 RLIMIT_AS, set before update 1, leaves room for some 50 samples.
 """
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def take(samples):
 def limited_update(self, this, batches):
     global present, left
     present, left = this.index, len(batches)
-    if present == 1 and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+    if present == 1 and self.reducer.world.rank == min(1, self.reducer.world.size - 1):
         words = Path("/proc/self/statm").read_text().split()
         limit = int(words[0]) * resource.getpagesize() + ROOM * SAMPLE
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

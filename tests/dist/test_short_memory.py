@@ -64,6 +64,17 @@ def test_auto_trains_what_the_number_that_it_found_trains(ranks, tmp_path):
         assert same_bits(one[part], other[part]), part
 
 
+def test_what_cannot_be_halved_is_saved_and_named(start, tmp_path):
+    ended = start(1, *words(SHORT, tmp_path / "run", "layout.ghost_batch=64")).wait()
+    assert ended.code == 2, ended.output[-4000:]
+    said = " ".join(ended.output.split())
+    assert "Out of memory: rank 0 in its forward pass, and the micro-batch cannot be" in said
+    assert "Take a smaller layout.ghost_batch or model" in said
+    assert "Saved after 2 updates: --resume continues from there." in said
+    assert "Traceback" not in said
+    assert last_state(tmp_path / "run")["update"] == 2
+
+
 def same_bits(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same_bits(one[k], other[k]) for k in one)
