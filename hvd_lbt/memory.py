@@ -47,16 +47,17 @@ class DeviceMemory(Memory):
 
     def __init__(self, device: torch.device):
         self._device = device
-        torch.cuda.empty_cache()
-        free, self._total = torch.cuda.mem_get_info(device)
-        # the context, NCCL's buffers, and other processes
-        self._others = self._total - free - torch.cuda.memory_reserved(device)
+        self._total = torch.cuda.mem_get_info(device)[1]
+        self.begin()
         name = torch.cuda.get_device_name(device)
         self.hardware = f"{name}, {self._total / 2**30:.1f} GiB"
 
     def begin(self) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
+        free = torch.cuda.mem_get_info(self._device)[0]
+        # the context, NCCL's buffers since the first sum, and other processes
+        self._others = self._total - free - torch.cuda.memory_reserved(self._device)
 
     def share(self, more: int = 0) -> float:
         peak = torch.cuda.max_memory_reserved(self._device) + self._others + more
