@@ -43,6 +43,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, content):
     folder.mkdir()
     if content is not None:
         (folder / "metrics.jsonl").write_text(content)
-    arguments = type("Arguments", (), {"runs": [folder], "out": tmp_path / "out"})
+    words = {"runs": [folder], "out": tmp_path / "out", "published": False}
+    arguments = type("Arguments", (), words)
     with pytest.raises(UserError, match=str(folder)):
         report.main(arguments)
