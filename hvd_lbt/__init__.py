@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hvd_lbt.ema import WeightAverage
     from hvd_lbt.errors import OutOfMemoryError, UserError
     from hvd_lbt.models.ghost_norm import GhostBatchNorm2d
+    from hvd_lbt.models.prepare import prepare_model
     from hvd_lbt.optim import FusedSGD
     from hvd_lbt.reducer import GradientReducer
     from hvd_lbt.sampler import MicroBatches, PlanSampler
@@ -65,6 +66,7 @@ _HOME = {
     "WeightAverage": "ema",
     "World": "world",
     "init": "comm",
+    "prepare_model": "models.prepare",
     "shutdown": "comm",
 }
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "init",
     "make_layout",
     "make_plan",
+    "prepare_model",
     "shutdown",
 ]
 

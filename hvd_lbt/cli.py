@@ -244,11 +244,18 @@ def _reason_of_the_machine(error: Exception) -> str | None:
 
 
 def _tell(error: UserError) -> None:
-    """Print the error once: every rank meets the same one, except where a sample is bad."""
+    """Print the error once: every rank meets the same one, except where a sample is bad.
+
+    If rank 0 meets it, it ends all ranks meanwhile; a rank that is still there has met it alone,
+    such as a node on which a module or a file is missing.
+    """
+    who = "hvd_lbt"
     if _rank() > 0 and not isinstance(error, SampleError):
         time.sleep(SECONDS_TO_TELL)
-    else:
-        print(f"hvd_lbt: {printable(error)}", file=sys.stderr, flush=True)
+        if _world_is_up() is None:
+            return
+        who = f"hvd_lbt: rank {_rank()} on {os.uname().nodename} alone"
+    print(f"{who}: {printable(error)}", file=sys.stderr, flush=True)
 
 
 def _tell_failure(error: Exception, *, lost: bool) -> None:

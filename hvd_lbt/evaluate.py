@@ -169,7 +169,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint on any number of ranks and print the result as a JSON line."""
     state, recipe = checkpoint.load_trained(args.checkpoint)
-    model = build_model(recipe.model, len(state["classes"]), recipe.layout.ghost_batch)
+    model = build_model(
+        recipe.model,
+        len(state["classes"]),
+        recipe.layout.ghost_batch,
+        image_size=recipe.data.image_size,
+    )
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

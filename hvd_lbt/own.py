@@ -26,6 +26,11 @@ def load_object(text: str, what: str) -> Any:
     if not is_object_name(text):
         raise UserError(f"{what}: {text[:200]!r} is no object; it must read {EXAMPLE}.")
     module_name, _, path = text.partition(":")
+    if module_name.split(".")[0] in sys.stdlib_module_names or module_name == "torch.hub":
+        raise UserError(
+            f"{what}: {text!r} is not of your own: recipes may not call Python's own modules or "
+            f"torch.hub, which run commands or fetch code. It must read {EXAMPLE}."
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     importlib.invalidate_caches()  # the file may be newer than this process
@@ -40,7 +45,7 @@ def load_object(text: str, what: str) -> Any:
             ) from error
         raise UserError(
             f"{what}: {text!r}: the module {module_name} cannot be imported "
-            f"({type(error).__name__}: {_one_line(error)}){_where(error)}. Correct it; "
+            f"({type(error).__name__}: {_one_line(error)}){place_of(error)}. Correct it; "
             f"`python -c 'import {module_name}'` shows the whole traceback."
         ) from error
     for depth, name in enumerate(path.split(".")):
@@ -68,7 +73,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or "no message"
 
 
-def _where(error: Exception) -> str:
+def place_of(error: Exception) -> str:
     """The innermost line that raised, as far as it lies outside of Python's import system."""
     place = error.__traceback__
     lines = []

@@ -69,6 +69,7 @@ FREE_AT_RESUME: dict[str, Any] = {
         "on_bad_sample",
         "cache_on_device",
     },
+    "model": {"pretrained", "pretrained_skip"},  # of the start: the checkpoint has the weights
     "layout": {"micro_batch"},
     "wire": {"bucket_mb"},
     "run": {
@@ -180,19 +181,28 @@ class DataRecipe(_Section):
 class ModelRecipe(_Section):
     """Which network."""
 
-    name: str
+    name: Annotated[str, Field(max_length=500)]
+    """One of ours, timm:NAME, torchvision:NAME, or package.module:function."""
     num_classes: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """None: as many as the data has."""
-    stem: Literal["imagenet", "cifar"]
-    """imagenet: 7×7 stride 2 and max pooling; cifar: 3×3 stride 1."""
+    arguments: dict[str, Any] = {}
+    """What else the function that makes a network of others is called with."""
+    pretrained: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)] | None = None
+    """A file of weights to start from, .safetensors or a state_dict by torch.save."""
+    pretrained_skip: tuple[str, ...] = ()
+    """Layers whose weights are drawn anew all the same, such as a classifier of other classes."""
+    stem: Literal["imagenet", "cifar"] | None = None
+    """Of our residual networks. imagenet: 7×7 stride 2 and max pooling; cifar: 3×3 stride 1."""
     width: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Channels of a residual network's first stage, hidden units of the perceptron."""
     zero_init_residual: bool = False
-    """The last batch norm of each block starts with gamma = 0 (Goyal et al. 2017)."""
+    """The last batch norm of each block of our ResNets begins with gamma 0 (Goyal et al. 2017)."""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
+        if is_object_name(name) or re.fullmatch(r"(timm|torchvision):[\w.-]+", name, re.ASCII):
+            return name
         wide = re.fullmatch(r"wide_resnet([1-9]\d{1,2})_([1-9]\d?)", name)
         if re.fullmatch(r"resnet(18|34|50|101|152)|inception_resnet_v2|perceptron", name) or (
             wide and int(wide[1]) % 6 == 4 and int(wide[1]) > 4
@@ -200,9 +210,37 @@ class ModelRecipe(_Section):
             return name
         raise ValueError(
             "it must be resnet18, resnet34, resnet50, resnet101, resnet152, inception_resnet_v2, "
-            "perceptron, or wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
-            "wide_resnet16_4"
+            "perceptron, wide_resnet<depth>_<k> with depth = 6·blocks + 4, such as "
+            "wide_resnet16_4, or timm:NAME, torchvision:NAME, package.module:function"
         )
+
+    @field_validator("arguments")
+    @classmethod
+    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if wrong := [name for name in arguments if not name.isidentifier()]:
+            raise ValueError(f"{wrong[0][:100]!r} cannot be the name of an argument")
+        if "num_classes" in arguments:
+            raise ValueError("num_classes is a setting of its own, model.num_classes")
+        return arguments
+
+    @model_validator(mode="after")
+    def _have_an_effect(self) -> "ModelRecipe":
+        if self.arguments and ":" not in self.name:
+            raise ValueError(
+                f"model.arguments: {self.arguments} would have no effect on {self.name}, a network "
+                "of ours; leave it out."
+            )
+        if self.stem is None and re.fullmatch(r"resnet\d+", self.name):
+            raise ValueError(
+                f"model.stem: {self.name} needs it; it must be imagenet (7×7 stride 2 and max "
+                "pooling) or cifar (3×3 stride 1)."
+            )
+        if self.pretrained_skip and self.pretrained is None:
+            raise ValueError(
+                "model.pretrained_skip: it would have no effect without model.pretrained, the file "
+                "of weights; leave it out or give the file."
+            )
+        return self
 
 
 class OptimizerRecipe(_Section):

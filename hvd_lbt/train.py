@@ -213,6 +213,7 @@ def _begin(
         device=local_device(world),
         graphs=0,  # as many as there are sizes, see _stream
         train_samples=plan.train_samples,
+        has_state=state is not None,
     )
     sizes = {stage.image_size or recipe.data.image_size for stage in plan.stages}
     check_image_sizes(training.model, sizes)

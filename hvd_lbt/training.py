@@ -2,8 +2,9 @@
 loops.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,20 @@ from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.losses import Loss as RecipeLoss
 from hvd_lbt.losses import load_loss
 from hvd_lbt.measure.gradient_noise import GradientNoise
-from hvd_lbt.models import RunningStatistics, build_model, compiled, make_forward
+from hvd_lbt.models import (
+    ByGhostBatch,
+    RunningStatistics,
+    build_model,
+    check_network,
+    compiled,
+    draws_by_rank,
+    is_foreign,
+    load_pretrained,
+    make_forward,
+    samples_of,
+)
 from hvd_lbt.models.forward import Forward
+from hvd_lbt.models.ghost_norm import GhostNorm
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
 from hvd_lbt.recipe import Recipe
@@ -69,7 +82,8 @@ class Training:
     (images, labels); a loss of your own is then called with (images, labels, partners, weights),
     see `Mixing`. average: of the model's weights, moved after each update.
 
-    Batch norm must be `GhostBatchNorm2d`, whose statistics are the same on any number of ranks.
+    Batch norm must be a ghost batch norm, whose statistics are the same on any number of ranks: see
+    `prepare_model`.
     Raises UserError.
     """
 
@@ -96,11 +110,18 @@ class Training:
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"Training: clip_norm is {clip_norm}; it must be above 0, or None.")
         for name, module in model.named_modules():
+            if module.training and draws_by_rank(module):
+                raise UserError(
+                    f"Training: {name} is {type(module).__name__}, whose masks would depend on the "
+                    "number of ranks. Call prepare_model(model, ghost_batch=…) first."
+                )
+            if isinstance(module, GhostNorm):
+                continue
             if isinstance(module, _BatchNorm) and module.training:
                 raise UserError(
                     f"Training: {name} is {type(module).__name__}, whose statistics would depend "
-                    "on the number of ranks. Use GhostBatchNorm2d, or put a frozen one in eval "
-                    "mode before."
+                    "on the number of ranks. Call prepare_model(model, ghost_batch=…) first, or "
+                    "put a frozen one in eval mode before."
                 )
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.device = next(model.parameters()).device
@@ -111,6 +132,7 @@ class Training:
         self._ghost_batch = self.statistics.ghost_batch
         self._clip_norm, self._mixing, self.average = clip_norm, mixing, average
         optimizer.make_momenta()
+        self._samples = samples_of(model)
 
     def update(self, update: Update, batches: MicroBatches[Any]) -> Tally:
         """Do one update: set lr and momentum, backpropagate all micro-batches, sum, step.
@@ -172,6 +194,8 @@ class Training:
         self.statistics.use_ghost_batch(ghost_batch)
         if self._mixing:
             batch = self._mixing(*batch, first_sample=0, ghost_batch=ghost_batch)
+        if self._samples:
+            self._samples.begin(0, ghost_batch, self.device)
         loss, _ = self._forward(*batch)
         self.reducer.backward(loss / len(batch[0]), last=False)
 
@@ -204,7 +228,12 @@ class Training:
             place = PLACES[1]
             if self._mixing:
                 parts = _mixed(self._mixing, update, parts, batches, index)
+            if self._samples:
+                first = batches.first_samples[batches.taken - 1]
+                self._samples.begin(first, batches.ghost_batch, self.device)
             loss, counted = self._forward(*parts)
+            if self._samples:
+                self._samples.end()
             share = loss / update.global_batch
         except Exception as error:
             if not is_out_of_memory(error):
@@ -258,16 +287,14 @@ def make_training(
     device: torch.device,
     graphs: int,
     train_samples: int,
+    has_state: bool = False,
 ) -> Training:
     """The training of a recipe, its weights drawn by run.seed.
 
     train_samples: of an epoch. graphs: how many sizes of micro-batch there are, for run.compile.
-    Raises UserError.
+    has_state: the training resumes, so that model.pretrained is not read. Raises UserError.
     """
-    torch.manual_seed(recipe.run.seed)
-    model = build_model(recipe.model, classes, recipe.layout.ghost_batch).to(device)
-    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
+    model, network = _make_network(recipe, classes, world, device, has_state)
     first = recipe.schedule
     optimizer = make_optimizer(model, recipe.optimizer, first.first_lr, first.first_momentum)
     reducer = GradientReducer(
@@ -280,7 +307,7 @@ def make_training(
     )
     own, outputs = recipe.loss.function, recipe.model.num_classes or classes
     forward = make_forward(
-        model,
+        network,
         bf16=recipe.run.precision == "bf16",
         channels_last=recipe.run.channels_last,
         loss=RecipeLoss(
@@ -305,6 +332,43 @@ def make_training(
         mixing=mixing,
         average=average,
     )
+
+
+def _make_network(
+    recipe: Recipe, classes: int, world: World, device: torch.device, has_state: bool
+) -> tuple[nn.Module, nn.Module]:
+    """The recipe's model on its device, and what its forward is called by; tested if not ours."""
+    settings, size = recipe.model, recipe.data.image_size
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(
+        settings, classes, recipe.layout.ghost_batch, image_size=size, seed=recipe.run.seed
+    )
+    notes = []
+    if settings.pretrained is not None and not has_state and world.rank == 0:
+        notes.append(load_pretrained(model, Path(settings.pretrained), settings.pretrained_skip))
+    model.to(device)
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own stub lacks it
+    if not is_foreign(settings.name):
+        _print_on_rank_0(notes, world)
+        return model, model
+    outputs = settings.num_classes or classes
+    notes += check_network(model, settings.name, image_size=size, outputs=outputs)
+    samples = samples_of(model)
+    by_ghost_batch = samples is not None and samples.by_ghost_batch
+    if by_ghost_batch and recipe.run.compile:
+        raise UserError(
+            f"run.compile: {settings.name} draws random numbers within its forward, which "
+            "torch.compile cannot be given by ghost batch. Leave run.compile out, or use "
+            "nn.Dropout and timm's DropPath, as layers."
+        )
+    _print_on_rank_0(notes, world)
+    return model, ByGhostBatch(model, samples) if samples and by_ghost_batch else model
+
+
+def _print_on_rank_0(lines: Sequence[str], world: World) -> None:
+    for line in lines if world.rank == 0 else ():
+        print(line, flush=True)
 
 
 def _summed(loss: Loss) -> Forward:

@@ -124,7 +124,7 @@ def test_a_rest_of_one_sample_joins_the_group_before_it():
     assert torch.equal(together[:4], by_hand(images[:4]))
     for fold in folds:
         fold.fold(global_batch=9)
-    assert torch.equal(norm.running_var, by_hand.running_var)
+    torch.testing.assert_close(norm.running_var, by_hand.running_var)  # summed in another order
     assert norm.running_mean.abs().max() > 0
 
 

@@ -31,6 +31,12 @@ def test_what_is_no_such_name_is_refused(text):
         load_object(text, "loss.name")
 
 
+@pytest.mark.parametrize("text", ["os:system", "subprocess:run", "torch.hub:load"])
+def test_what_runs_commands_or_fetches_code_is_refused(text):
+    with pytest.raises(UserError, match=f"model.name: '{text}' is not of your own"):
+        load_object(text, "model.name")
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
