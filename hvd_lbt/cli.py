@@ -39,12 +39,14 @@ COMMANDS = {
     "bench checkpoint": ("hvd_lbt.bench.checkpoint", "what a checkpoint costs an update"),
     "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
     "bench train": ("hvd_lbt.bench.train", "the whole loop against a bare PyTorch loop"),
+    "bench profile": ("hvd_lbt.bench.profile", "how fast this cluster is, for `plan --speed`"),
     "doctor": ("hvd_lbt.doctor", "check the installation and print the fix for what fails"),
     "data check": ("hvd_lbt.data.check", "decode every image and list what is bad"),
     "data convert": (
         "hvd_lbt.data.convert",
         "write a data set as WebDataset, TFRecord or RecordIO shards",
     ),
+    "data unstage": ("hvd_lbt.data.unstage", "remove the copies that data.stage has made"),
     "data digits": ("hvd_lbt.data.digits", "write the built-in data set as image files"),
 }
 GROUPS = {

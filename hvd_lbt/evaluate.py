@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from hvd_lbt import checkpoint, comm, ops
 from hvd_lbt.data.batches import batch_maker
-from hvd_lbt.data.digits import write_digits
 from hvd_lbt.data.identity import same_on_all_ranks
-from hvd_lbt.data.samples import Batch
-from hvd_lbt.data.store import Store, open_test_split
+from hvd_lbt.data.samples import Batch, Images
+from hvd_lbt.data.store import open_test_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
 from hvd_lbt.models import build_model
@@ -55,7 +54,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     *,
     micro_batch: int,
@@ -186,12 +185,7 @@ def main(args: argparse.Namespace) -> int:
     world = comm.init()
     device = local_device(world)
     averages = {name: value.to(device) for name, value in checkpoint.averages_in(state).items()}
-    store = open_test_split(
-        args.data or write_digits(),
-        tuple(state["classes"]),
-        recipe.data.classes,
-        recipe.data.timeout,
-    )
+    store = open_test_data(args.data, tuple(state["classes"]), recipe)
     same_on_all_ranks({"test": store}, comm.allgather_object)
     result = evaluate(
         model.to(device),

@@ -68,6 +68,7 @@ FREE_AT_RESUME: dict[str, Any] = {
         "timeout",
         "on_bad_sample",
         "cache_on_device",
+        "stage",
     },
     "model": {"pretrained", "pretrained_skip"},  # of the start: the checkpoint has the weights
     "layout": {"micro_batch"},
@@ -125,6 +126,8 @@ class DataRecipe(_Section):
     """Decode all images at the start and keep them on the device, without DALI: for small
     images.
     """
+    stage: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)] | None = None
+    """A folder on each node's own disk: shards are copied there once, and read from there."""
     timeout: Positive = 300.0
     """Seconds after which a read without an answer ends the run with the file's name."""
 

@@ -331,6 +331,11 @@ class GradientReducer:
         ]
         return (torch.stack(norms) / self._applied).square().sum()
 
+    @property
+    def wire_buffers(self) -> tuple[Tensor, ...]:
+        """The flat tensors whose sums travel, one a bucket, in the order of sending."""
+        return tuple(bucket.wire for bucket in self._buckets)
+
     def stats(self) -> dict[str, Any]:
         """Counts since the start: the same on all ranks.
 

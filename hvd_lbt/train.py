@@ -13,8 +13,9 @@ from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batches_of
 from hvd_lbt.data.identity import Identity, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
-from hvd_lbt.data.samples import Batch
-from hvd_lbt.data.store import Store, open_data
+from hvd_lbt.data.samples import Batch, Images
+from hvd_lbt.data.stage import stage_data
+from hvd_lbt.data.store import open_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
@@ -36,7 +37,9 @@ from hvd_lbt.world import World
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt train`."""
     parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--data", type=Path, help="a data set, or `synthetic` [digits]")
+    parser.add_argument(
+        "--data", type=Path, help="a data set, MODULE:FUNCTION, or `synthetic` [digits]"
+    )
     parser.add_argument("--out", type=Path, help="the run's folder [runs/NAME]")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument(
@@ -77,7 +80,7 @@ class _Run:
     training: Training
     classes: Sequence[str]
     splits: dict[str, Identity]
-    test_store: Store | SyntheticStore
+    test_store: Images | SyntheticStore
     checkpoints: Checkpoints
     log: RunLog
     stream: UpdateStream[Batch]
@@ -230,7 +233,7 @@ def _stream(
     recipe: Recipe,
     plan: Plan,
     updates: Sequence[Update],
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     world: World,
     sizes: MicroBatchSizes,
     log: RunLog,
@@ -304,6 +307,8 @@ def train(
             print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
         return 0  # a requeued job has nothing left to do, which is no failure
     updates = [plan.at(index) for index in range(first_update, plan.updates)]
+    stores = {"train": train_store, "test": test_store}
+    staged = stage_data(stores, recipe.data, copies=world.local_rank == 0)
     training = _begin(recipe, plan, train_store.classes, world, state)
     if recipe.data.cache_on_device and recipe.layout.micro_batch == "auto":
         keep_images((train_store, test_store), recipe.data, training.device)
@@ -312,6 +317,8 @@ def train(
     kept = state.get("micro_batch") if state else None
     start = starting_sizes(recipe, plan, training, world, classes, kept, same_job, gather)
     log = RunLog(out, world, plan, first_update, recipe)
+    if staged:
+        log.say(staged)
     stream = _stream(recipe, plan, updates, train_store, world, start.sizes, log)
     best_top1 = state["best_top1"] if state else -1.0
     run = _Run(

@@ -5,8 +5,7 @@ from itertools import groupby
 from types import ModuleType
 from typing import Any
 
-from hvd_lbt.data.samples import Batch
-from hvd_lbt.data.store import Store
+from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.recipe import DataRecipe
 
@@ -23,7 +22,7 @@ def batch_maker(data: DataRecipe) -> ModuleType:
 
 
 def batches_of(
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int, int]],
     image_size_at: Callable[[int], int | None],

@@ -16,6 +16,8 @@ import numpy as np
 
 from hvd_lbt.data.class_names import hash_of
 from hvd_lbt.data.formats.side_files import pixels_of
+from hvd_lbt.data.own_data import OwnData
+from hvd_lbt.data.samples import Images
 from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import UserError
@@ -31,7 +33,7 @@ WORDS = {
 }
 
 
-def identity(store: Store | SyntheticStore) -> Identity:
+def identity(store: Images | SyntheticStore) -> Identity:
     """What two copies of a split must have in common; SHA-256 (hex) of what is long."""
     its = {
         "kind": "synthetic",
@@ -40,6 +42,8 @@ def identity(store: Store | SyntheticStore) -> Identity:
         "labels": _sha256(store.labels.astype("<i8").tobytes()),
         "samples": "",
     }
+    if isinstance(store, OwnData):  # its labels are known once they were read
+        its |= {"kind": "python", "labels": "", "samples": store.digest}
     if isinstance(store, Store):
         index = store.index
         its["kind"] = index.kind
@@ -57,7 +61,7 @@ def identity(store: Store | SyntheticStore) -> Identity:
 
 
 def same_on_all_ranks(
-    stores: Mapping[str, Store | SyntheticStore], allgather: Callable[[Any], list[Any]]
+    stores: Mapping[str, Images | SyntheticStore], allgather: Callable[[Any], list[Any]]
 ) -> dict[str, Identity]:
     """The identity of each split; UserError on all ranks if one has other data than most.
 

@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ class Store:
             )
         table = np.array([label_of[name] for name in found], dtype=np.int64)
         self.labels = table[index.tokens]
+        self.place_of: Callable[[int], Path] = self._own_place  # data.stage gives another
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -124,11 +126,14 @@ class Store:
             return ReadError(f"{name} has vanished since the data was indexed.")
         return ReadError(f"{name} cannot be read: {error.strerror}.")
 
+    def _own_place(self, shard: int) -> Path:
+        return self.index.root / self.index.files[shard]
+
     def _shard(self, shard: int) -> "_Descriptor":
         with self._lock:
             descriptor = self._open.get(shard)
         if descriptor is None:  # outside of the lock: opening may take long
-            descriptor = _Descriptor(self.index.root / self.index.files[shard])
+            descriptor = _Descriptor(self.place_of(shard))
         with self._lock:
             self._open[shard] = descriptor
             self._open.move_to_end(shard)

@@ -19,19 +19,18 @@ from torch import Tensor
 
 from hvd_lbt.data.crops import FLIP, pad_crops
 from hvd_lbt.data.reading import Readers
-from hvd_lbt.data.samples import Batch, TrainSamples
-from hvd_lbt.data.store import Store
+from hvd_lbt.data.samples import Batch, Images, TrainSamples
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import DataRecipe
 
 DECODED_AT_ONCE = 256  # samples of one task
 # All images of a store, uint8 (N, H, W, 3), on one device; gone with the store.
-_kept: WeakKeyDictionary[Store, Tensor] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Images, Tensor] = WeakKeyDictionary()
 
 
 def train_batches(
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int, int]],
     *,
@@ -57,7 +56,7 @@ def train_batches(
 
 
 def keep_images(
-    stores: Iterable[Store | SyntheticStore], data: DataRecipe, device: torch.device
+    stores: Iterable[Images | SyntheticStore], data: DataRecipe, device: torch.device
 ) -> None:
     """Decode all images of these stores and keep them on the device now, before the first batch."""
     for store in stores:
@@ -65,7 +64,7 @@ def keep_images(
 
 
 def evaluation_batches(
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
     *,
@@ -88,7 +87,7 @@ def evaluation_batches(
 
 
 def _batch(
-    store: Store,
+    store: Images,
     data: DataRecipe,
     indices: np.ndarray,
     crops: np.ndarray,
@@ -117,13 +116,13 @@ def _batch(
     return Batch(normal.permute(0, 3, 1, 2), labels.clone())
 
 
-def _of_files(store: Store | SyntheticStore) -> Store:
+def _of_files(store: Images | SyntheticStore) -> Images:
     if isinstance(store, SyntheticStore):
         raise UserError("data.cache_on_device has no effect with --data synthetic: leave it out.")
     return store
 
 
-def _all_images(store: Store, data: DataRecipe, device: torch.device) -> Tensor:
+def _all_images(store: Images, data: DataRecipe, device: torch.device) -> Tensor:
     """All images of the store, decoded when they are first asked for."""
     if store not in _kept:
         _check_room(len(store) * 3 * data.image_size**2, device)
@@ -151,7 +150,7 @@ def _all_images(store: Store, data: DataRecipe, device: torch.device) -> Tensor:
     return _kept[store]
 
 
-def _decode(store: Store, images: np.ndarray, first: int, size: int) -> None:
+def _decode(store: Images, images: np.ndarray, first: int, size: int) -> None:
     """Decode samples [first, first + DECODED_AT_ONCE) into their places."""
     for index in range(first, min(first + DECODED_AT_ONCE, len(store))):
         encoded = store.image(index)

@@ -22,8 +22,7 @@ from torch import Tensor
 from hvd_lbt.data.crops import FLIP, center_crops, pad_crops, random_resized_crops
 from hvd_lbt.data.pixels import Encoded
 from hvd_lbt.data.reading import Readers
-from hvd_lbt.data.samples import SKIPPED, Batch, TrainSamples
-from hvd_lbt.data.store import Store
+from hvd_lbt.data.samples import SKIPPED, Batch, Images, TrainSamples
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.out_of_memory import is_out_of_memory
@@ -65,7 +64,7 @@ class _Work:
 
 
 def train_batches(
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int, int]],
     *,
@@ -94,7 +93,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    store: Store | SyntheticStore,
+    store: Images | SyntheticStore,
     data: DataRecipe,
     ranges: Iterable[tuple[int, int]],
     *,
@@ -147,7 +146,7 @@ def decode_one(image: np.ndarray, size: int) -> Tensor:
 class _Maker:
     """Makes micro-batches from a store with one DALI pipeline, whatever their sizes."""
 
-    store: Store
+    store: Images
     data: DataRecipe
     graph: "_Augmented | _Plain"
     micro_batch: int

@@ -53,15 +53,7 @@ def _decoded(data: bytes) -> Encoded:
             _check_size(image.height, image.width)
             if image.format in ("JPEG", "MPO") and _cut_off(data):
                 raise ValueError("the JPEG is cut off")
-            if image.mode in CLIPPED:
-                raise ValueError(
-                    f"it has more than 8 bits a pixel in one channel ({image.format}, mode "
-                    f"{image.mode}), which PIL would clip to white: convert it to 8 bits"
-                )
-            if image.mode == "P":  # else PIL warns of a transparency that RGB has no use for
-                image.load()
-                image.info.pop("transparency", None)
-            pixels = image.convert("RGB")
+            pixels = _rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("it cannot be identified as an image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -71,9 +63,58 @@ def _decoded(data: bytes) -> Encoded:
     # What PIL's parsers raise for damaged headers, beside its own OSError and SyntaxError.
     except (OSError, SyntaxError, LookupError, TypeError, struct.error, OverflowError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    head = b"P6\n%d %d\n255\n" % pixels.size
-    ppm = np.frombuffer(head + pixels.tobytes(), dtype=np.uint8)
-    return Encoded(ppm, pixels.height, pixels.width)
+    return _ppm(pixels.tobytes(), pixels.height, pixels.width)
+
+
+def of_image(image: Image.Image) -> Encoded:
+    """A PIL image, as the file that it came from is read. Raises ValueError with the reason."""
+    _check_size(image.height, image.width)
+    try:
+        pixels = _rgb(image.copy() if image.mode == "P" else image)
+    # AttributeError: its file was closed before it was read
+    except (OSError, SyntaxError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return _ppm(pixels.tobytes(), pixels.height, pixels.width)
+
+
+def of_pixels(pixels: np.ndarray) -> Encoded:
+    """An image of uint8 (H, W, 3), or grey (H, W) or (H, W, 1). Raises ValueError with the
+    reason.
+    """
+    if pixels.dtype != np.uint8:
+        raise ValueError(
+            f"the array is of {pixels.dtype}; it must be of uint8, 0 to 255, before any transform"
+        )
+    grey = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1)
+    if not grey and (pixels.ndim != 3 or pixels.shape[2] != 3):
+        raise ValueError(
+            f"the array has the shape {pixels.shape}; it must be (height, width, 3), or grey "
+            "(height, width)"
+        )
+    height, width = pixels.shape[:2]
+    if not height or not width:
+        raise ValueError(f"the array has the shape {pixels.shape}, which is no pixel")
+    _check_size(height, width)
+    if grey:
+        pixels = np.broadcast_to(pixels.reshape(height, width, 1), (height, width, 3))
+    return _ppm(np.ascontiguousarray(pixels).tobytes(), height, width)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in CLIPPED:
+        raise ValueError(
+            f"it has more than 8 bits a pixel in one channel ({image.format}, mode "
+            f"{image.mode}), which PIL would clip to white: convert it to 8 bits"
+        )
+    if image.mode == "P":  # else PIL warns of a transparency that RGB has no use for
+        image.load()
+        image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _ppm(pixels: bytes, height: int, width: int) -> Encoded:
+    head = b"P6\n%d %d\n255\n" % (width, height)
+    return Encoded(np.frombuffer(head + pixels, dtype=np.uint8), height, width)
 
 
 def _check_size(height: int, width: int) -> None:

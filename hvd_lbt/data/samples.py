@@ -1,15 +1,33 @@
 """The stream of training samples, and what a batch of them is."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from hvd_lbt.data.crops import DRAWS
 from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
-from hvd_lbt.data.store import Store
+from hvd_lbt.data.pixels import Encoded
 
 SKIPPED = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
+
+
+class Images(Protocol):
+    """The samples of one split by index, of files (`Store`) or a Python data set (`OwnData`).
+
+    labels: int64 (n,); that of a sample is known at the latest once its image was asked for.
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What errors call sample `index`."""
+
+    def image(self, index: int) -> Encoded:
+        """The image of sample `index`. Raises SampleError if its bytes are no whole image."""
 
 
 class Batch(NamedTuple):
@@ -22,7 +40,7 @@ class Batch(NamedTuple):
 class TrainSamples:
     """The stream of training samples, epoch after epoch, each in its own order."""
 
-    def __init__(self, store: Store, seed: int):
+    def __init__(self, store: Images, seed: int):
         self.store, self.seed = store, seed
         self.indices = SampleStream(len(store), seed).indices
 

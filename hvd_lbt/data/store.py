@@ -12,23 +12,52 @@ from hvd_lbt.data.downloads import Download, open_small
 from hvd_lbt.data.formats import SplitError
 from hvd_lbt.data.index import open_index
 from hvd_lbt.data.index_store import Store
+from hvd_lbt.data.own_data import OwnData, own_splits, own_test_split
 from hvd_lbt.data.raw_layouts import raw_layout
 from hvd_lbt.data.reading import bounded
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
 from hvd_lbt.errors import ReadError, UserError
+from hvd_lbt.own import is_object_name
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.world import RANK_VARIABLES
 
 TIMEOUT = 300.0
 
 
-def open_data(
-    data: Path | None, recipe: Recipe
-) -> tuple[Store, Store] | tuple[SyntheticStore, SyntheticStore]:
-    """The splits that `--data` names: None is the built-in digits, `synthetic` images in memory."""
+Splits = tuple[Store, Store] | tuple[OwnData, OwnData] | tuple[SyntheticStore, SyntheticStore]
+
+
+def open_data(data: Path | None, recipe: Recipe) -> Splits:
+    """The splits that `--data` names.
+
+    None: the built-in digits; `synthetic`: images in memory; `package.module:function`: a Python
+    data set, unless there is a folder of this name.
+    """
     if data == SYNTHETIC:
         return synthetic_splits(recipe)
+    if is_own(data):
+        return own_splits(str(data), recipe.model.num_classes, recipe.data.classes)
     return open_splits(data or write_digits(), recipe.data.classes, recipe.data.timeout)
+
+
+def open_test_data(data: Path | None, classes: tuple[str, ...], recipe: Recipe) -> Store | OwnData:
+    """The test split that `--data` names, for a network with these classes."""
+    if is_own(data):
+        return own_test_split(str(data), classes)
+    file, timeout = recipe.data.classes, recipe.data.timeout
+    return open_test_split(data or write_digits(), classes, file, timeout)
+
+
+def count_train_samples(data: Path, recipe: Recipe) -> int:
+    """How many training samples `--data` has."""
+    if is_own(data):
+        return len(own_splits(str(data), recipe.model.num_classes, recipe.data.classes)[0])
+    return len(open_train_split(data))
+
+
+def is_own(data: Path | None) -> bool:
+    """Whether `--data` names a Python data set: no folder is called so."""
+    return data is not None and is_object_name(str(data)) and not data.exists()
 
 
 def open_splits(

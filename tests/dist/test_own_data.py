@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from trainings import last_state
+
+from hvd_lbt.data.convert import convert
 
 OWN_DATA = Path(__file__).with_name("own_data.py")
 TINY = ("model.width=4", "schedule.epochs=1", "schedule.milestones=[]", "layout.micro_batch=8")
@@ -43,3 +47,36 @@ def test_other_copies_of_the_data_are_refused_by_name(start, tmp_path):
     assert (
         "was trained on other data: train: the labels, the files are not the same" in ended.output
     )
+
+
+def test_a_python_data_set_and_staged_shards_train_as_their_files_do(start, tmp_path, monkeypatch):
+    """On two ranks to the bit; ranks with other items are refused by name."""
+    monkeypatch.chdir(OWN_DATA.parent)
+    data, shards, local = tmp_path / "data", tmp_path / "shards", tmp_path / "local"
+    monkeypatch.setenv("FOLDER", str(write(data)))
+    convert(data, shards, form="webdataset", samples_per_shard=3)
+    local.mkdir()
+    words = ["-m", "hvd_lbt", "train", "digits"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    states = []
+    for given in (
+        ["--data", data],
+        ["--data", "python_data:load"],
+        ["--data", shards, "--set", f"data.stage={local}"],
+    ):
+        out = tmp_path / f"runs/{len(states)}"
+        ended = start(2, *words, *given, "--out", out).wait()
+        assert ended.code == 0, ended.output
+        states.append(last_state(out)["model"])
+    for state in states[1:]:
+        for name, weights in states[0].items():
+            assert torch.equal(weights, state[name]), name
+    assert ended.output.count(f"8 shards are read from {local}; 0.0 MiB are copied there now.") == 1
+    assert len(list(local.glob("*/*/t*/*.tar"))) == 8
+
+    monkeypatch.setenv("MIXED", "1")
+    out = tmp_path / "runs/mixed"
+    ended = start(2, *words, "--data", "python_data:load", "--out", out).wait()
+    assert ended.code != 0
+    assert "--data is not the same on all ranks: rank 1 on " in ended.output
+    assert "in train: the files" in ended.output
