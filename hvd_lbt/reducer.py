@@ -175,6 +175,8 @@ class GradientReducer:
         self._ran_out = 0  # of memory, in this update on this rank: the number of the place
         self._flags_handle: Any = None
         self._backwards = 0  # of this update
+        # Called in each update when the ranks' sums are there, before the optimizer moves.
+        self.on_received: Callable[[], None] = _nothing
         self._compared = world.size == 1  # the ranks' weights
         self._is_inside = self._is_last = False
         self._sent = False
@@ -676,6 +678,7 @@ class GradientReducer:
         """The verdict on this update's sums; the first call waits for them."""
         if not self._verdict:
             self._verdict = self._receive()
+            self.on_received()
         return self._verdict
 
     def _step_gradients(self) -> StepGradients:
@@ -732,6 +735,10 @@ class GradientReducer:
 
     def _sum(self, tensor: Tensor, name: str) -> None:
         self.synchronize(self.allreduce_async(tensor, name))
+
+
+def _nothing() -> None:
+    """Nobody measures."""
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """Train with a batch that grows: the story of a run, from recipe to the last checkpoint."""
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,7 +106,10 @@ class _Run:
             data_wait=data_wait + batches.waited,
             reducer=self.training.reducer.stats(),
             noise=self.training.noise.averages,
+            times=tally.times,
         )
+        if sizes := self.log.unknown_costs(update):  # once, after some updates
+            self.log.learn_costs(comm.allgather_object(self.training.costs(sizes)))
 
     def _smaller(self, update: Update, error: OutOfMemoryError) -> MicroBatches[Batch]:
         """The update's samples once more, in smaller micro-batches; so are all later updates'."""
@@ -118,6 +122,7 @@ class _Run:
         self.log.out_of_memory(
             update.index, error, before.stages[update.stage], after.stages[update.stage]
         )
+        self.log.use_micro_batches(after.stages)
         return self.stream.again(after)
 
     def _smaller_evaluation(self, update: Update, error: OutOfMemoryError, size: int) -> None:
@@ -177,6 +182,7 @@ class _Run:
         """Write a checkpoint, and before it what was logged."""
         self.log.flush()
         self.checkpoints.save(updates_done, self.state_after(updates_done), best=best)
+        self.log.saved(updates_done)
 
     def commit(self, membership: elastic.Membership, updates_done: int) -> None:
         """Keep the state in memory for workers that come and go."""
@@ -334,7 +340,7 @@ def train(
         stream=stream,
         profile=_profile(recipe, plan, first_update, out, world, log),
     )
-    run.log.begin(recipe, len(test_store), first_update, start.to_dict(), start.lines)
+    run.log.begin(recipe, len(test_store), start.to_dict(), start.lines, _hosts())
     if membership:
         membership.begin(plan.stages[updates[0].stage], at_end=run.close, stop=stop)
 
@@ -356,6 +362,11 @@ def train(
             run.commit(membership, done)
     run.end("finished", plan.updates)
     return 0
+
+
+def _hosts() -> list[str]:
+    """The name of each rank's host."""
+    return comm.allgather_object(os.uname().nodename)
 
 
 def evaluation_is_due(update: Update, plan: Plan, every: int) -> bool:

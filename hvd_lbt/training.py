@@ -18,6 +18,8 @@ from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
 from hvd_lbt.losses import Loss as RecipeLoss
 from hvd_lbt.losses import load_loss
 from hvd_lbt.measure.gradient_noise import GradientNoise
+from hvd_lbt.measure.micro_batch_costs import micro_batch_costs
+from hvd_lbt.measure.rank_times import PARTS, RankTimes
 from hvd_lbt.models import (
     ByGhostBatch,
     RunningStatistics,
@@ -50,10 +52,13 @@ class Tally:
 
     sums: (3,) on the device: of losses, of right answers (NaN where the loss is your own), and of
     samples that count. skipped: whether the update was dropped for a gradient that is not finite.
+    times: (ranks, 4) on the device: seconds of each rank's parts (`measure.rank_times.PARTS`) of
+    the update *before* this one; zeros where they are not known.
     """
 
     sums: Tensor
     skipped: bool
+    times: Tensor
 
     @property
     def loss(self) -> float:
@@ -128,9 +133,13 @@ class Training:
         self.statistics = RunningStatistics(model)
         self.reducer = reducer or GradientReducer(model, optimizer)
         self.noise = GradientNoise(model, noise_every)
+        self.times = RankTimes(self.device, self.reducer.world)
+        self.reducer.on_received = self.times.end_sums
         self._forward = forward or (_summed(loss) if loss else make_forward(model))
         self._ghost_batch = self.statistics.ghost_batch
         self._clip_norm, self._mixing, self.average = clip_norm, mixing, average
+        self.compiles = False  # torch.compile makes a graph for each size of micro-batch
+        self._like: list[Tensor] | None = None  # one sample of each part of a batch
         optimizer.make_momenta()
         self._samples = samples_of(model)
 
@@ -142,11 +151,13 @@ class Training:
         If the memory of any rank runs out, all ranks drop the update and raise OutOfMemoryError:
         everything is as before the update, which may be done again in smaller micro-batches.
         """
-        reducer = self.reducer
+        reducer, times = self.reducer, self.times
+        times.begin()
         set_hyperparameters(self.optimizer, update, self.schedule)
         self._use_ghost_batch(update, batches)
         self.noise.begin(update.index, update.global_batch)
-        sums = torch.zeros(3, device=self.device)
+        metrics = times.room_behind(3)
+        sums = metrics[:3]
         last = len(batches) - 1
         self._make_momenta()
         for index in range(len(batches)):
@@ -157,7 +168,9 @@ class Training:
         # a rank without samples, or without memory, only takes part in the sum
         if not batches or (reducer.dropped and not reducer.sent):
             reducer.backward(None, last=True)
-        handles = [reducer.allreduce_async(sums, "metrics")]
+        times.end_compute(batches.waited)
+        times.fill(metrics)
+        handles = [reducer.allreduce_async(metrics, "metrics")]
         if self.statistics.norms:
             handles.append(reducer.allreduce_async(self.statistics.collected, "batch norm"))
         handles += self.noise.send(reducer.allreduce_async)
@@ -175,6 +188,7 @@ class Training:
             raise
         for handle in handles:
             reducer.synchronize(handle)
+        times.end()
         self.noise.end(reducer.squared_norm)
         skipped = reducer.stats()["skipped"] > skipped_before
         if skipped:
@@ -183,7 +197,7 @@ class Training:
             self.statistics.fold(update.global_batch)
             if self.average:
                 self.average.update(update.global_batch)
-        return Tally(sums=sums, skipped=skipped)
+        return Tally(sums=sums, skipped=skipped, times=metrics[3:].view(-1, len(PARTS)))
 
     def rehearse(self, ghost_batch: int, *batch: Any) -> None:
         """Forward and backward of one micro-batch, without a sum: to see what it takes.
@@ -225,7 +239,10 @@ class Training:
         try:
             parts = _on(self.device, next(batches))
             _check_samples(update, parts, size)
+            if self._like is None:
+                self._like = [part[:1].clone() for part in parts if isinstance(part, Tensor)]
             place = PLACES[1]
+            self.times.begin_part(batches.waited)
             if self._mixing:
                 parts = _mixed(self._mixing, update, parts, batches, index)
             if self._samples:
@@ -241,9 +258,30 @@ class Training:
             self.reducer.drop_update(place)
             return None
         self.reducer.backward(share, last=last)
+        self.times.end_part()
         if not self.reducer.dropped:
             self.noise.add_part(size)
         return counted
+
+    def costs(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Seconds of forward and backward of a micro-batch, by its size; changes nothing.
+
+        Between updates, after the first. Empty where it cannot be known: before this rank has had a
+        batch, with a compiled forward (each size compiles anew), or if memory does not suffice.
+        """
+        if not self._like or self.compiles:
+            return {}
+
+        def forward(*parts: Any) -> tuple[Tensor, Tensor]:
+            if self._samples:
+                self._samples.begin(0, self._ghost_batch or 1, self.device)
+            try:
+                return self._forward(*parts)
+            finally:
+                if self._samples:
+                    self._samples.end()
+
+        return micro_batch_costs(forward, self.model, self._like, sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs, on any number of ranks."""
@@ -321,7 +359,7 @@ def make_training(
         mixing = Mixing(seed=recipe.run.seed, train_samples=train_samples, **alphas)
     if recipe.ema.decay is not None:
         average = WeightAverage(model, decay=recipe.ema.decay, global_batch=first.global_batch)
-    return Training(
+    training = Training(
         model,
         optimizer,
         recipe.schedule,
@@ -332,6 +370,8 @@ def make_training(
         mixing=mixing,
         average=average,
     )
+    training.compiles = recipe.run.compile
+    return training
 
 
 def _make_network(

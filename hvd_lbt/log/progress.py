@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from hvd_lbt import terminal
 from hvd_lbt.schedule.plan import Plan
+from hvd_lbt.schedule.time_left import UPPER_BOUND, hours_and_minutes
 
 # A line this often where no live line can be: without a terminal, and under a launcher, which puts
 # the rank before every piece of output.
@@ -19,24 +20,35 @@ NOTABLE_UNDERFLOW = 0.01  # share of gradients below fp16's smallest normal numb
 LAUNCHERS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
+def time_left(seconds: float | None, basis: str | None) -> str:
+    """An estimate for people; basis: of `schedule.time_left`."""
+    if seconds is None:
+        return "time left: not known yet"
+    if basis == UPPER_BOUND:
+        return f"at most {hours_and_minutes(seconds)} left (predicted, larger batches not timed)"
+    return f"{hours_and_minutes(seconds)} left (predicted)"
+
+
 class ProgressLine:
     """The standard output of a run. folder: of the run; first_sample: what was seen before."""
 
     def __init__(self, folder: Path, plan: Plan, first_sample: int):
-        self._folder, self._plan, self._first_sample = folder, plan, first_sample
+        self._folder, self._plan = folder, plan
         self._says = True  # until the standard output fails
-        self._began = self._line = time.perf_counter()
+        self._line = time.perf_counter()
         live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
         self.console = terminal.console(live=live)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self.console,
             transient=True,
             disable=not live,
         )
-        self._task = self._progress.add_task("", total=plan.samples, completed=first_sample)
+        self._task = self._progress.add_task(
+            "", total=plan.samples, completed=first_sample, left=""
+        )
 
     def start(self) -> None:
         """Put the live line up, where there is one."""
@@ -81,13 +93,12 @@ class ProgressLine:
             )
         )
         seen = record["samples_seen"]
-        self._progress.update(self._task, completed=seen, description=text)
+        left = time_left(record["seconds_left"], record["seconds_left_basis"])
+        self._progress.update(self._task, completed=seen, description=text, left=left)
         now = time.perf_counter()
         if self._progress.disable and now - self._line > LINE_SECONDS:
             self._line = now
-            speed = (seen - self._first_sample) / (now - self._began)
-            left = (plan.samples - seen) / speed
-            self.say(f"{text} · {left:,.0f} s left")
+            self.say(f"{text} · {left}")
 
     def stop(self) -> None:
         """Take the live line down."""

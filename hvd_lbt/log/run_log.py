@@ -3,8 +3,9 @@
 import json
 import math
 import resource
+import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,25 @@ from hvd_lbt.log.loggers import RunInfo, make_outputs, scalars
 from hvd_lbt.log.progress import ProgressLine
 from hvd_lbt.log.provenance import revision, slurm_job, versions
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
+from hvd_lbt.measure.rank_times import PARTS
+from hvd_lbt.measure.run_times import RanksLine, RunTimes, summary_text
+from hvd_lbt.measure.slow_ranks import SlowRank
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.plan import Plan, Update
+from hvd_lbt.schedule.time_left import TimeLeft
 from hvd_lbt.stage_table import render_plan
 from hvd_lbt.terminal import printable
 from hvd_lbt.world import World
 
 # Device scalars are read this often, not every update: reading one waits for the GPU.
 FLUSH_SECONDS = 1.0
+COSTS_AFTER = 6  # updates, until what micro-batches of other sizes cost is tried
+COSTS_WORTH = 50  # updates to come, for which that is worth it
 # What loggers are given of an update, beside what a test split gives.
-TRAIN = ("loss", "accuracy", "images_per_second", "data_wait", "wire_scale", "underflow")
+TRAIN = (
+    *("loss", "accuracy", "images_per_second", "data_wait", "wire_scale", "underflow"),
+    "seconds_left",
+)
 PLAN = ("gradient_noise", "global_batch", "lr", "momentum", "noise_scale")
 
 
@@ -46,9 +56,13 @@ class RunLog:
         recipe: Recipe | None = None,
     ):
         self.speaks = world.rank == 0
+        self._first_update = first_update
         self.plan = plan
         self._world = world
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._left: TimeLeft | None = None
+        self._times: RunTimes | None = None
+        self._timed: list[tuple[Update, float]] = []  # pending updates and their seconds
         self._began = self._flushed = self._last = time.perf_counter()
         self._accuracy = ""
         self._waited = self._trained = 0.0
@@ -82,15 +96,31 @@ class RunLog:
         self,
         recipe: Recipe,
         test_samples: int,
-        first_update: int,
         micro_batch: Mapping[str, Any],
         lines: Iterable[str] = (),
+        hosts: Sequence[str] = (),
     ) -> None:
         """Show the plan, and note what the run is made of.
 
-        micro_batch: `MicroBatchSizes.to_dict()` and what was tried; lines: about it.
+        micro_batch: `MicroBatchSizes.to_dict()` and what was tried; lines: about it. hosts: the
+        name of each rank's.
         """
+        first_update = self._first_update
         job = slurm_job()
+        hosts = list(hosts) or [socket.gethostname()] * self._world.size
+        ghost_batch = recipe.layout.ghost_batch
+        self._left = TimeLeft(
+            self.plan,
+            workers=self._world.size,
+            micro_batches=micro_batch["stages"],
+            ghost_batch=ghost_batch,
+            eval_every=recipe.run.eval_every,
+            test_samples=test_samples,
+            image_size=recipe.data.image_size,
+        )
+        self._times = RunTimes(
+            hosts, planned=self.plan.updates, ghost_batch=ghost_batch, left=self._left
+        )
         self.say(render_plan(recipe, self.plan, self._world.size, micro_batch["stages"]))
         self.say(
             f"{self._world.size} workers · {self.plan.train_samples:,} training images, "
@@ -110,6 +140,7 @@ class RunLog:
                 "stages": [asdict(stage) for stage in self.plan.stages],
             },
             world_size=self._world.size,
+            hosts=hosts,
             versions=versions(),
             revision=revision(),
             resumed_at_update=first_update,
@@ -138,17 +169,22 @@ class RunLog:
         data_wait: float,
         reducer: dict[str, Any],
         noise: Tensor,
+        times: Tensor,
     ) -> None:
         """Note one finished update. sums: (3,) its losses, right answers, samples not skipped.
 
         data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
-        The tensors are read later.
+        times: (ranks, 4) seconds of each rank's parts of the update before. The tensors are read
+        later.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._waited, self._trained = self._waited + data_wait, self._trained + seconds
         if not self.speaks:
             return
+        if self._left:
+            self._left.updated(update, seconds)
+        left = self._left.after(update) if self._left else None
         seen = update.samples_seen + update.global_batch
         record = {
             "update": update.index,
@@ -161,9 +197,13 @@ class RunLog:
             "noise_scale": update.noise_scale,
             "images_per_second": update.global_batch / seconds,
             "data_wait": min(1.0, data_wait / seconds),
+            "seconds": now - self._began,
+            "seconds_left": left.seconds if left else None,
+            "seconds_left_basis": left.basis if left else None,
             **{key: reducer[key] for key in ("wire_scale", "underflow", "overflows", "skipped")},
         }
-        self._pending.append((record, torch.cat([sums, noise])))
+        self._pending.append((record, torch.cat([sums, noise, times.flatten()])))
+        self._timed.append((update, seconds))
         if now - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -172,7 +212,8 @@ class RunLog:
         self._flushed = time.perf_counter()
         if not self._pending:
             return
-        values = torch.stack([values for _, values in self._pending]).tolist()
+        read = torch.stack([values for _, values in self._pending]).cpu().double()
+        values = read[:, :5].tolist()
         for (record, _), (loss, right, used, *noise) in zip(self._pending, values, strict=True):
             # JSON has no NaN: a skipped update has no loss
             record["loss"] = loss / used if used and math.isfinite(loss) else None
@@ -185,14 +226,18 @@ class RunLog:
             self.event("update", **record)
             shown = {f"train/{key}": record[key] for key in TRAIN}
             self._log(record["update"], shown | {f"plan/{key}": record[key] for key in PLAN})
+        if self._times:
+            rows = read[:, 5:].reshape(len(read), -1, len(PARTS)).numpy()
+            self._note_times(self._times.add(self._timed, rows))
         self._pending.clear()
+        self._timed.clear()
         for output in self._outputs:
             output.flush()
         self.progress.show(
             record,
             waited=self._share(),
             skipped_samples=self._skipped_samples,
-            accuracy=self._accuracy,
+            accuracy=self._accuracy + self._slowest(),
         )
 
     def out_of_memory(
@@ -210,6 +255,15 @@ class RunLog:
             f"{error.who}, after {updates_done:,} updates. All ranks do it "
             f"again with a micro-batch of {after:,} instead of {before:,}, which computes the same."
         )
+
+    def _note_times(self, found: Iterable[SlowRank | RanksLine]) -> None:
+        """Write down what the ranks' times say, and name a rank that is slow, or no longer."""
+        for line in found:
+            if isinstance(line, RanksLine):
+                self.event("ranks", **line.values())
+            else:
+                self.event("slow_rank", **asdict(line))
+                self.say(f"update {line.update:>6,} · {line.text(self._world.size)}")
 
     def evaluation(self, update: Update, values: dict[str, Any]) -> None:
         """Note an evaluation after this update."""
@@ -233,7 +287,42 @@ class RunLog:
                 else ""
             )
         )
-        self._last = time.perf_counter()  # an evaluation is no part of the next update
+        now = time.perf_counter()
+        if self._left:
+            self._left.evaluated(now - self._last)
+        self._last = now  # an evaluation is no part of the next update
+
+    def saved(self, updates_done: int) -> None:
+        """Note that a checkpoint has been written, or is being written beside the training."""
+        now = time.perf_counter()
+        if self._left:
+            ends = {stage.first_update + stage.updates for stage in self.plan.stages}
+            self._left.saved(now - self._last, at_end_of_stage=updates_done in ends)
+        self._last = now  # nor is a checkpoint
+
+    def unknown_costs(self, update: Update) -> list[int]:
+        """Sizes of micro-batches that are to be timed after this update; the same on all ranks.
+
+        Some updates after the beginning, where a plan has several and enough updates to come.
+        """
+        done = update.index + 1
+        if not self._left or done != self._first_update + COSTS_AFTER:
+            return []
+        sizes = self._left.micro_batches_ahead(update.index)
+        few = self.plan.updates - done < COSTS_WORTH
+        return [] if few or len(sizes) == 1 else sizes
+
+    def use_micro_batches(self, by_stage: Sequence[int]) -> None:
+        """From now on micro-batches are of so many samples."""
+        if self._left:
+            self._left.use(by_stage)
+
+    def learn_costs(self, by_rank: Sequence[dict[int, float]]) -> None:
+        """Take what micro-batches cost on each rank, of which the slowest counts."""
+        known = [costs for costs in by_rank if costs]
+        if self._left and known:
+            self._left.learn_costs({size: max(c[size] for c in known) for size in known[0]})
+        self._last = time.perf_counter()
 
     def skipped_sample(self, error: SampleError) -> None:
         """List a sample that was skipped, once, in this rank's RUN/skipped_samples.RANK.txt."""
@@ -263,6 +352,8 @@ class RunLog:
         if not self.speaks:
             return
         self.flush()
+        if self._times:
+            self._note_times(self._times.last_line())
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         else:
@@ -273,7 +364,11 @@ class RunLog:
             "data_wait": self._share(),
             "skipped_samples": self._skipped_samples,
         }
+        summary = self._times.summary(seconds) if self._times else {}
+        totals |= summary
         self.event("end", reason=reason, update=update, peak_memory_bytes=peak, **totals)
+        for line in summary_text(summary, seconds).splitlines() if summary else ():
+            self.say(line)
         self.say(
             f"{update:,} updates done · {self._share():.1%} of the training time was spent waiting "
             "for data"
@@ -293,3 +388,12 @@ class RunLog:
             self._lines.close()
             for output in self._outputs:
                 output.close(reason)
+
+    def _slowest(self) -> str:
+        """The slowest rank of those that are slow, for the live line."""
+        named = self._times.slow.named.values() if self._times else ()
+        if not named:
+            return ""
+        slowest = max(named, key=lambda rank: rank.ratio)
+        others = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        return f" · {slowest.text(self._world.size)}{others}"

@@ -63,7 +63,8 @@ def write_report(
         check_comparable(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        pictures = {name: draw(groups) for name, (draw, _) in PICTURES.items()}
+        drawn = {name: draw(groups) for name, (draw, _) in PICTURES.items()}
+        pictures = {name: png for name, png in drawn.items() if png is not None}
         page = render(groups, pictures).encode()
         extra = {"published.png": draw_published(groups)} if published else {}
         for name, data in {**pictures, **extra, "report.html": page}.items():

@@ -20,6 +20,7 @@ from hvd_lbt.report.curves import (
     measured,
     scheduled,
 )
+from hvd_lbt.report.rank_strip import caption, strips, traces
 from hvd_lbt.report.runs import Group
 from hvd_lbt.terminal import printable
 
@@ -129,6 +130,21 @@ def data_wait(groups: Sequence[Group]) -> Figure:
     )
 
 
+def rank_times(groups: Sequence[Group]) -> Figure | None:
+    """A strip of ranks over time, of the first run that has one."""
+    found = strips(groups)
+    if not found:
+        return None
+    run, strip = found[0]
+    return Figure(
+        name="ranks",
+        title="Ranks over time",
+        caption=f"{caption(groups)} The run is {printable(run.folder.name)[:NAME]}.",
+        traces=traces(strip),
+        layout={"yaxis": {"autorange": "reversed", "type": "category"}},
+    )
+
+
 FIGURES: list[Callable[[Sequence[Group]], Figure | None]] = [
     train_loss,
     test_accuracy,
@@ -139,6 +155,7 @@ FIGURES: list[Callable[[Sequence[Group]], Figure | None]] = [
     gradient_noise,
     speed,
     data_wait,
+    rank_times,
 ]
 
 

@@ -49,6 +49,21 @@ def text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def flag(value: Any) -> bool:
+    """Whether a value is true or false."""
+    return isinstance(value, bool)
+
+
+def texts(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(map(text, value))
+
+
+def seconds_by_rank(value: Any) -> bool:
+    """Whether a value is a list of seconds, one a rank."""
+    return isinstance(value, list) and len(value) > 1 and all(map(number(0), value))
+
+
 def versions(value: Any) -> bool:
     """Whether a value is a mapping of texts."""
     return isinstance(value, dict) and all(map(text, value.values()))
@@ -116,6 +131,19 @@ KEYS: dict[str, dict[str, Fits]] = {
         "top1": number(0, 1),
         "top5": number(0, 1),
     },
+    "ranks": {
+        "first_update": whole(0),
+        "updates": whole(1),
+        **dict.fromkeys(("compute", "data", "sums", "delayed"), seconds_by_rank),
+    },
+    "slow_rank": {
+        "update": whole(0),
+        "rank": whole(0),
+        "host": text,
+        "ratio": number(0),
+        "cause": text,
+        "ended": flag,
+    },
     "end": {
         "reason": text,
         "update": whole(0),
@@ -124,14 +152,18 @@ KEYS: dict[str, dict[str, Fits]] = {
     },
 }
 OPTIONAL: dict[str, dict[str, Fits]] = {
-    "run": {"revision": text, "resumed_at_update": whole(0), "time": number(0)},
+    "run": {"hosts": texts, "revision": text, "resumed_at_update": whole(0), "time": number(0)},
     "update": {
         "gradient_noise": number(none=True),
+        "seconds": number(0),
+        "seconds_left": number(0, none=True),
         "skipped_samples": whole(0),
         "left_out": whole(0),
         "time": number(0),
     },
     "eval": {"time": number(0)},
+    "ranks": {"time": number(0)},
+    "slow_rank": {"excess": number(0), "time": number(0)},
     "end": {"time": number(0)},
 }
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hvd_lbt.report.curves import BINS, Band, Floats, evaluated, in_percent, measured, scheduled
+from hvd_lbt.report.rank_strip import CAPTION, draw_ranks
 from hvd_lbt.report.runs import Group
 from hvd_lbt.terminal import printable
 
@@ -182,7 +183,7 @@ def _log_if_decades(axes: Axes, values: Floats) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-Drawing = Callable[[Sequence[Group]], bytes]
+Drawing = Callable[[Sequence[Group]], bytes | None]  # None: there is nothing to draw
 PICTURES: dict[str, tuple[Drawing, str]] = {
     "loss.png": (draw_loss, f"Train loss, averaged over 1/{BINS} of the run at each point."),
     "accuracy.png": (draw_accuracy, "Test accuracy (top-1) at each evaluation."),
@@ -200,4 +201,5 @@ PICTURES: dict[str, tuple[Drawing, str]] = {
             "for images."
         ),
     ),
+    "ranks.png": (draw_ranks, CAPTION),
 }

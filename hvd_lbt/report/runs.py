@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.measure.rank_times import PARTS
+from hvd_lbt.measure.slow_ranks import CAUSES
 from hvd_lbt.report.colours import COLOURS, DASHES, assign
 from hvd_lbt.report.lines import KEYS, Line, read_lines
 
@@ -35,6 +37,10 @@ class Run:
     peak_memory_bytes: int
     workers: list[int]
     notes: list[str]
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    """The lines with all ranks' times, in order."""
+    slow_ranks: list[dict[str, Any]] = field(default_factory=list)
+    """The lines that name a rank that became slow."""
 
     @property
     def seed(self) -> int:
@@ -139,6 +145,8 @@ class _Reading:
         self.unusable: list[Line] = []  # the first of them
         self._updates: dict[int, tuple[Line, dict[str, Any]]] = {}
         self._evals: dict[int, tuple[Line, dict[str, Any]]] = {}
+        self._ranks: dict[int, dict[str, Any]] = {}
+        self._slow: list[dict[str, Any]] = []
         self._repeated = 0
 
     def take(self, line: Line) -> None:
@@ -153,12 +161,20 @@ class _Reading:
                 start = record.get("resumed_at_update", 0)
                 self._updates = {k: v for k, v in self._updates.items() if k < start}
                 self._evals = {k: v for k, v in self._evals.items() if k <= start}
+                self._ranks = {k: v for k, v in self._ranks.items() if k < start}
+                self._slow = [slow for slow in self._slow if slow["update"] < start]
                 self.parts.append(_Part(run=record, time=record.get("time", 0.0)))
             case "update":
                 self._repeated += record["update"] in self._updates
                 self._updates[record["update"]] = line, record
             case "eval":
                 self._evals[record["update"]] = line, record
+            case "ranks" if len({len(record[part]) for part in PARTS}) == 1:
+                self._ranks[record["first_update"]] = record
+            case "ranks":
+                self._leave_out(line.number, "ranks: the lists are of unequal length")
+            case "slow_rank" if not record["ended"]:
+                self._slow.append(record)
             case "end" if self.parts:
                 self.parts[-1] = replace(self.parts[-1], end=record)
         if self.parts and "time" in record:
@@ -199,6 +215,8 @@ class _Reading:
             ),
             workers=list(dict.fromkeys(part.run["world_size"] for part in self.parts)),
             notes=[],
+            ranks=[line for _, line in sorted(self._ranks.items())],
+            slow_ranks=self._slow,
         )
         run.notes.extend(
             self._notes(
@@ -248,6 +266,8 @@ class _Reading:
             )
         elif run.final is None:
             yield "there is no evaluation after the last update."
+        if run.slow_ranks:
+            yield _slow_note(run.slow_ranks)
         if skipped_samples:
             yield f"{skipped_samples:,} samples were skipped; RUN/skipped_samples.*.txt lists them."
         if missing := run.done - len(run.updates["update"]):
@@ -256,6 +276,19 @@ class _Reading:
             yield f"{bad:,} updates have a loss that is not finite; the curves leave them out."
         if any(part.run["versions"] != run.about["versions"] for part in self.parts):
             yield "versions changed at a resume; the table shows the last."
+
+
+def _slow_note(lines: Sequence[dict[str, Any]]) -> str:
+    """Which ranks were slow, the slowest first."""
+    worst: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: -float(line["ratio"])):
+        worst.setdefault((line["rank"], line["host"], line["cause"]), line)
+    named = [
+        f"rank {rank} on {host} from update {line['update']:,} ({line['ratio']:.1f} × the others, "
+        f"{CAUSES.get(cause, cause)})"
+        for (rank, host, cause), line in list(worst.items())[:NAMED]
+    ]
+    return f"slow ranks: {'; '.join(named)}{'; …' if len(worst) > NAMED else ''}."
 
 
 def _samples_of(plan: dict[str, Any]) -> int:

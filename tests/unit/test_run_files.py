@@ -37,7 +37,8 @@ def train(log: RunLog, updates: range) -> None:
     reducer = {"wire_scale": 1.0, "underflow": 0.0, "overflows": 0, "skipped": 0}
     for number in updates:
         update = log.plan.at(number)
-        log.update(update, torch.ones(3), data_wait=0.0, reducer=reducer, noise=noise)
+        values = {"reducer": reducer, "noise": noise, "times": torch.ones(1, 4)}
+        log.update(update, torch.ones(3), data_wait=0.0, **values)
         log.flush()
 
 
