@@ -265,3 +265,20 @@ def test_odd_images_and_duplicates_are_counted_and_named(tmp_path, capfd):
     ):
         assert line in said
     assert len(open_splits(tmp_path / "out")[0]) == 15
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path):
+    """As the published files were written: byte strings, no names of Python 3's."""
+    planes = cifar_pixels(3, 1)
+    raw = (
+        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U\x06labelsq\x04]q\x05"
+        b"(K\x06K\x09K\x04eU\x04dataq\x06cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray"
+        b"\nq\x08K\x00\x85U\x01b\x87Rq\x09(K\x01K\x03M\x00\x0c\x86cnumpy\ndtype\nq\x0aU\x02u1K\x00K"
+        b"\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + (3 * 3072).to_bytes(4, "little") + planes.tobytes() + b"tbu."
+    )  # fmt: skip
+    folder = write(tmp_path / "cifar-10-batches-py", cifar10(False) | {"data_batch_1": raw})
+    train, _ = open_splits(folder)
+    assert train.labels.tolist()[:3] == [6, 9, 4]
+    pixels = planes.reshape(3, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(train.image(2).data[-3072:].reshape(32, 32, 3), pixels[2])
