@@ -1,5 +1,6 @@
 """Small data sets with the structure that the published archives have."""
 
+import functools
 import gzip
 import io
 import json
@@ -57,6 +58,7 @@ def inner_tars(train: dict[str, bytes] = TRAIN) -> dict[str, bytes]:
     return {f"{wnid}.tar": tar_of(its) for wnid, its in reversed(by_class.items())}
 
 
+@functools.cache  # its header has the time
 def meta_mat(counts: int = 3) -> bytes:
     """data/meta.mat: the classes, and one synset above them."""
     kind = [

@@ -1,5 +1,6 @@
 """Damaged, incomplete and hostile downloads: an error that names the thing, or a finding."""
 
+import functools
 import gzip
 import io
 import os
@@ -8,6 +9,7 @@ import re
 import struct
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -35,6 +37,8 @@ from downloads_made import (
 
 from hvd_lbt.cli import main
 from hvd_lbt.data import convert as convert_module
+from hvd_lbt.data.downloads import imagenet_labels
+from hvd_lbt.data.downloads.apart import run_apart
 from hvd_lbt.data.store import open_splits
 from hvd_lbt.errors import UserError
 
@@ -42,6 +46,19 @@ HTML = b"<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 KIT, SET = "ILSVRC2012_devkit_t12.tar.gz", "LOC_val_solution.csv"
 TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+
+
+@pytest.fixture(autouse=True)
+def one_process_a_kit(monkeypatch):
+    """The readable meta.mat is the same in all tests: it is read apart once."""
+    monkeypatch.setattr(
+        imagenet_labels, "run_apart", lambda program, data, file: run_once(program, data)
+    )
+
+
+@functools.cache
+def run_once(program, data):
+    return run_apart(program, data, Path("meta.mat"))
 
 
 def refused(source, capfd, *words):
@@ -340,6 +357,18 @@ def test_damaged_and_mixed_parquet_files_are_refused(tmp_path, capfd, monkeypatc
     assert "the files of two conversions" in refused_again(tmp_path / "in", capfd)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'hvd_lbt[parquet]'" in refused_again(tmp_path / "in", capfd)
+
+
+def test_a_reader_that_dies_is_an_error_that_names_the_file(tmp_path):
+    program = (
+        "import os, sys; sys.stderr.write('FILE b.parquet\\n'); sys.stderr.flush(); os.abort()"
+    )
+    with pytest.raises(UserError, match=r"^b.parquet is damaged: its reader ended with signal 6"):
+        run_apart(program, b"", tmp_path)
+    program = "import os; os.kill(os.getpid(), 11)"
+    with pytest.raises(UserError, match=r"^meta.mat is damaged: .* signal 11"):
+        run_apart(program, b"", Path("meta.mat"))
+    assert run_apart("import sys; print(sys.stdin.read())", b"x", tmp_path) == b"x\n"
 
 
 def test_missing_parquet_files_and_names_without_a_split(tmp_path, capfd):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvd_lbt.data.downloads.apart import run_apart
 from hvd_lbt.data.downloads.common import SAME_ROW, some, text_lines
 from hvd_lbt.data.downloads.packed import read_packed
 from hvd_lbt.data.formats import Findings
@@ -26,6 +27,11 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 SOLUTION, MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 LARGEST_KIT = 32 << 20  # bytes of the unpacked development kit: 2.7 MB as published
+READ_META = """
+import io, sys
+from scipy.io import loadmat
+loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)
+"""
 NEEDED = (
     f"the development kit, {DEVKIT}.tar.gz or its folder (it has data/{META} and data/{TRUTH}), or "
     f"Kaggle's {SOLUTION}"
@@ -122,6 +128,7 @@ def _read_meta(file: Path, raw: bytes) -> tuple[dict[int, str], dict[str, int]]:
     """WNID by ILSVRC2012_ID of the synsets without children; training images by WNID."""
     from scipy.io import loadmat  # slow to import
 
+    run_apart(READ_META, raw, file)
     wnid_of: dict[int, str] = {}
     counts: dict[str, int] = {}
     try:
