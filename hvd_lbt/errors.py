@@ -23,10 +23,11 @@ class OutOfMemoryError(UserError):
     """A rank ran out of memory, and all ranks dropped the same update or evaluation.
 
     ranks: where each of these ranks ran out of memory, by rank. who: the first of them in words.
+    own: the error that this rank met, in one line; "" on the others.
     """
 
-    def __init__(self, ranks: Mapping[int, str], message: str):
-        self.ranks = dict(ranks)
+    def __init__(self, ranks: Mapping[int, str], message: str, own: str = ""):
+        self.ranks, self.own = dict(ranks), own
         shown = [f"rank {rank} in {place}" for rank, place in [*ranks.items()][:4]]
         more = f" and {len(ranks) - 4} more ranks" if len(ranks) > 4 else ""
         self.who = f"Out of memory: {', '.join(shown)}{more}"

@@ -21,7 +21,7 @@ from hvd_lbt.data.store import open_test_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
 from hvd_lbt.models import build_model
-from hvd_lbt.out_of_memory import is_out_of_memory, release_cached_memory
+from hvd_lbt.out_of_memory import is_out_of_memory, reason, release_cached_memory
 from hvd_lbt.recipe import DataRecipe, Recipe
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.world import World
@@ -116,7 +116,7 @@ def _evaluate(
     # loss, right, right among five, samples; the same of the averages; and by rank whether its
     # memory ran out
     sums = torch.zeros(8 + world.size, dtype=torch.float64, device=device)
-    was_training = model.training
+    was_training, own = model.training, ""
     model.eval()
     try:
         for batch in make_batches(ranges):
@@ -126,13 +126,14 @@ def _evaluate(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        own = reason(error)
         sums[8 + world.rank] = 1  # the others wait for this rank's sums
     model.train(was_training)
     found = allreduce(sums, "evaluation").tolist()
     of_weights, of_averages, ran_out = found[:4], found[4:8], found[8:]
     if any(ran_out):
         ranks = {rank: "the evaluation" for rank, there in enumerate(ran_out) if there}
-        raise OutOfMemoryError(ranks, "The evaluation needs smaller micro-batches.")
+        raise OutOfMemoryError(ranks, "The evaluation needs smaller micro-batches.", own)
     samples = of_weights[3]
     if not samples:
         raise UserError("All test images were skipped: none of them can be decoded.")

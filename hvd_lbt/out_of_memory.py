@@ -13,6 +13,8 @@ SAYS_SO = (
     "_ALLOC_FAILED",  # CUBLAS_STATUS_…, CUDNN_STATUS_…
     "could not create a memory",  # oneDNN
 )
+# Of oneDNN, where there is no room for a kernel of its own. A longer text is of another cause.
+SAYS_NO_MORE = ("could not create a primitive", "could not execute a primitive")
 # Of plain types only: a collective's error ends the world, whatever it says.
 TYPES = (RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -21,7 +23,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether this rank's own memory, of the device or of the host, ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return type(error) in TYPES and any(words in str(error) for words in SAYS_SO)
+    text = str(error).strip()
+    says_so = any(words in text for words in SAYS_SO) or text in SAYS_NO_MORE
+    return type(error) in TYPES and says_so
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line, for who wonders whether it was memory indeed."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
 def release_cached_memory() -> None:

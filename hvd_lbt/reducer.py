@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hvd_lbt import ops
 from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.optim import FusedSGD, StepGradients
-from hvd_lbt.out_of_memory import is_out_of_memory
+from hvd_lbt.out_of_memory import is_out_of_memory, reason
 from hvd_lbt.rank_agreement import compare_models, compare_weights, hash_words, parameters_of
 from hvd_lbt.wire_scale import HARMLESS, WireScale
 from hvd_lbt.world import World
@@ -173,6 +173,7 @@ class GradientReducer:
         # by rank its largest gradient, which parameters it has frozen, where its memory ran out.
         self._flags = torch.zeros(7 + 3 * world.size, device=self._device)
         self._ran_out = 0  # of memory, in this update on this rank: the number of the place
+        self._reason = ""  # of that, in one line
         self._flags_handle: Any = None
         self._backwards = 0  # of this update
         # Called in each update when the ranks' sums are there, before the optimizer moves.
@@ -230,7 +231,7 @@ class GradientReducer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.drop_update(PLACES[3 if last else 2])
+            self.drop_update(PLACES[3 if last else 2], error)
         finally:
             self._is_inside = False
         self._backwards += 1
@@ -247,11 +248,11 @@ class GradientReducer:
                 )
                 self._compared = True
 
-    def drop_update(self, place: str = PLACES[1]) -> None:
+    def drop_update(self, place: str = PLACES[1], error: BaseException | None = None) -> None:
         """Drop this update on all ranks, because this one ran out of memory: for a forward's error.
 
         Then end the update as usual: `backward(None, last=True)` and the step, which raises
-        OutOfMemoryError on every rank. place: one of PLACES, for the message.
+        OutOfMemoryError on every rank. place: one of PLACES, for the message; error: what was met.
         """
         if self._sent or self._verdict:
             raise UserError(
@@ -259,6 +260,7 @@ class GradientReducer:
                 "been sent already."
             )
         self._ran_out = PLACES.index(place) + 1
+        self._reason = reason(error) if error is not None else ""
         for slot in self._slots:
             slot.gradient = slot.parameter.grad = None
 
@@ -511,7 +513,7 @@ class GradientReducer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.drop_update(PLACES[4])
+            self.drop_update(PLACES[4], error)
         self._flags[7 + 2 * size + rank] = self._ran_out
         for slot in self._slots:
             slot.frozen = not slot.parameter.requires_grad
@@ -625,6 +627,7 @@ class GradientReducer:
             if not is_out_of_memory(error):
                 raise
             places[self.world.rank] = PLACES.index("the sums") + 1
+            self._reason = reason(error)
         self._sum(by_rank, f"{self.name}.largest")
         self._raise_out_of_memory(places.tolist())
         self._overflows += 1
@@ -666,12 +669,13 @@ class GradientReducer:
         """Raise OutOfMemoryError if the memory of any rank ran out; the update leaves no trace."""
         ranks = {rank: PLACES[int(place) - 1] for rank, place in enumerate(places) if place}
         if ranks:
-            self._ran_out = 0
+            own, self._ran_out, self._reason = self._reason, 0, ""
             self._release()
             raise OutOfMemoryError(
                 ranks,
                 "All ranks have dropped this update, and their weights are those before it. Do it "
                 "again with a smaller micro-batch, which gives the same update.",
+                own,
             )
 
     def _received(self) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,6 +134,8 @@ class _Run:
 
     def _give_up(self, updates_done: int, error: OutOfMemoryError, what: str) -> NoReturn:
         """Save, and say on all ranks what needs less memory."""
+        if error.own:
+            print(f"hvd_lbt: rank {self.world.rank}: {error.own}", file=sys.stderr, flush=True)
         saved = ""
         if updates_done:
             self.save(updates_done, best=False)

@@ -226,7 +226,7 @@ class Training:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.reducer.drop_update("its momentum")
+            self.reducer.drop_update("its momentum", error)
 
     def _micro_batch(self, update: Update, batches: MicroBatches[Any], last: bool) -> Tensor | None:
         """Backpropagate the next micro-batch; what its forward counted.
@@ -255,7 +255,7 @@ class Training:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self.reducer.drop_update(place)
+            self.reducer.drop_update(place, error)
             return None
         self.reducer.backward(share, last=last)
         self.times.end_part()

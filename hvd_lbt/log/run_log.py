@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -243,7 +244,12 @@ class RunLog:
     def out_of_memory(
         self, updates_done: int, error: OutOfMemoryError, before: int, after: int
     ) -> None:
-        """Note that memory ran out on some ranks, and the micro-batch from here on."""
+        """Note that memory ran out on some ranks, and the micro-batch from here on.
+
+        Each of these ranks prints the error that it met.
+        """
+        if error.own:
+            print(f"hvd_lbt: rank {self._world.rank}: {error.own}", file=sys.stderr, flush=True)
         self.event(
             "out_of_memory",
             update=updates_done,

@@ -110,6 +110,7 @@ def train(rank, make, place, monkeypatch, *, short):
             with pytest.raises(OutOfMemoryError) as raised:
                 training.update(update, first)
             assert raised.value.ranks == {SHORT: WORDS[place]}
+            assert ("allocate memory" in raised.value.own) == (rank == SHORT)
             monkeypatch.undo()
             assert_same(training.state_dict(), before)
             assert all(parameter.grad is None for parameter in model.parameters())
@@ -201,6 +202,10 @@ def test_what_counts_as_out_of_memory():
 
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("std::bad_alloc")):
         assert is_out_of_memory(error)
+    # oneDNN's, under RLIMIT_AS; with more words it is another fault
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    for words in ("could not create a primitive descriptor for a convolution", "size"):
+        assert not is_out_of_memory(RuntimeError(words))
     for error in (CollectiveError("NCCL: out of memory"), RuntimeError("size"), UserError("")):
         assert not is_out_of_memory(error)
 
