@@ -9,6 +9,7 @@ import yaml
 
 from hvd_lbt import cli
 from hvd_lbt.cli import main
+from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe, recipe_of, shipped_recipes
 from hvd_lbt.terminal import printable
 
@@ -227,3 +228,14 @@ def test_an_unknown_option_with_a_space_is_no_folder(tmp_path, monkeypatch, caps
     assert main(["data", "digits", "--no-such-option={a: 1}"]) == 2
     assert "unknown arguments: --no-such-option={a: 1}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_rank_that_alone_meets_an_error_prints_it(monkeypatch, capsys, alone):
+    """Rank 0 ends the others of an error that all meet; who is still there has met it alone."""
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    monkeypatch.setattr(cli, "SECONDS_TO_TELL", 0.0)
+    monkeypatch.setattr(cli, "_world_is_up", lambda: object() if alone else None)
+    cli._tell(UserError("no module here"))
+    said = capsys.readouterr().err
+    assert ("rank 1 on" in said and "alone: no module here" in said) if alone else said == ""
