@@ -280,7 +280,7 @@ class RunLog:
         seen = update.samples_seen + update.global_batch
         epoch = seen / self.plan.train_samples
         self.event("eval", update=done, epoch=epoch, samples_seen=seen, **values)
-        self._log(done, {f"test/{key}": values[key] for key in values.keys() - {"samples"}})
+        self._log(done, {f"test/{key}": values[key] for key in sorted(values.keys() - {"samples"})})
         for output in self._outputs:
             output.flush()
         self._accuracy = f" · test {values['top1']:.2%}"
