@@ -16,7 +16,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hvd_lbt.data.formats import SUMS_FILE
@@ -61,7 +61,7 @@ class Stage:
             for made in (self._copies, self._work):
                 made.mkdir(parents=True, exist_ok=True)
             if not (self.home / ABOUT).exists():
-                _write(self.home / ABOUT, json.dumps({"source": str(index.root.parent)}))
+                _write(self.home / ABOUT, json.dumps({"source": root}))
         except OSError as error:
             raise _unusable(folder, error) from error
         weakref.finalize(self, os.close, self._in_use)
@@ -268,33 +268,36 @@ def _check_folder(folder: Path) -> None:
 
 
 def remove(folder: Path, *, source: Path | None = None) -> tuple[int, int]:
-    """Remove this user's copies below `folder`; how many data sets, and their bytes.
+    """Remove this user's copies below `folder`; of how many splits, and their bytes.
 
-    source: of this data set only. Raises UserError if a running process reads them, naming the
-    data.
+    source: of this data set only. Raises UserError, and removes none, if a running process reads
+    one of them.
     """
     own = own_folder(folder)
     if not own.is_dir() or own.is_symlink():
         return 0, 0
-    removed, size = 0, 0
+    chosen = []
     for home in sorted(own.iterdir()):
-        if home.is_symlink() or not home.is_dir():
+        if home.name.startswith(".removed.") or home.is_symlink() or not home.is_dir():
             continue
         told = _source_of(home)
-        if source is not None and told != str(source) and told != os.path.realpath(source):
-            continue
-        with _unused(home, told or home.name):
+        if source is None or os.path.realpath(source) in (told, os.path.dirname(told)):
+            chosen.append((home, told or home.name))
+    if source is not None and not chosen:
+        raise UserError(f"--data {source}: there are no copies of it in {folder}.")
+    size = 0
+    with ExitStack() as held:  # all are held before the first is removed
+        for home, told in chosen:
+            held.enter_context(_unused(home, told))
+        for home, _ in chosen:
             size += sum(f.lstat().st_size for f in home.rglob("*") if not f.is_dir())
             # what is a shard must not be found once its neighbours are gone, by whoever starts now
-            gone = own / f".removed.{secrets.token_hex(8)}"
-            home.rename(gone)
-        shutil.rmtree(gone)
-        removed += 1
+            home.rename(own / f".removed.{secrets.token_hex(8)}")
     for left in own.glob(".removed.*"):
         shutil.rmtree(left, ignore_errors=True)
     with suppress(OSError):
         own.rmdir()
-    return removed, size
+    return len(chosen), size
 
 
 @contextmanager

@@ -22,5 +22,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: there is no such folder; give that of data.stage.")
     removed, size = remove(args.folder, source=args.data)
-    print(f"{args.folder}: {removed} data set{'s' * (removed != 1)} removed, {size:,} bytes.")
+    print(
+        f"{args.folder}: copies of {removed} split{'s' * (removed != 1)} removed, {size:,} bytes."
+    )
     return 0

@@ -223,10 +223,12 @@ def test_copies_are_removed_on_request_unless_they_are_read(shards, tmp_path, ca
     child = begin(lambda: stage_of(other, local).path(0))  # a job that has ended
     assert os.waitpid(child, 0)[1] == 0
     assert main(["data", "unstage", str(local)]) == 2
-    assert f"the staged copies of {data} (" in capsys.readouterr().err
+    assert f"the staged copies of {data}/train (" in capsys.readouterr().err
     assert main(["data", "unstage", str(local), "--data", str(other)]) == 0
-    assert f"{local}: 1 data set removed, " in capsys.readouterr().out
+    assert f"{local}: copies of 1 split removed, " in capsys.readouterr().out
     assert len(copies(local)) == 1
+    assert main(["data", "unstage", str(local), "--data", str(other)]) == 2
+    assert f"--data {other}: there are no copies of it in {local}" in capsys.readouterr().err
     del running
     assert main(["data", "unstage", str(local)]) == 0
     assert list(local.iterdir()) == []
