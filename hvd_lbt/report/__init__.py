@@ -12,6 +12,7 @@ from pathlib import Path
 from hvd_lbt.errors import UserError
 from hvd_lbt.report.page import render, spread, updates_done
 from hvd_lbt.report.pictures import PICTURES
+from hvd_lbt.report.predictions import time_left_line
 from hvd_lbt.report.published import check_comparable, draw_published, published_lines
 from hvd_lbt.report.runs import Group, group_runs, read_run
 from hvd_lbt.terminal import printable
@@ -35,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
         accuracy = f"test accuracy {spread(group)}, {updates_done(group.runs)} updates"
         print(printable(f"{group.label}: {accuracy}"))
     for run in (run for group in groups for run in group.runs):
+        if line := time_left_line(run):
+            print(printable(f"{run.folder}: {line}"))
         for note in run.notes:
             print(printable(f"{run.folder}: {note}"))
     for line in published_lines(groups) if args.published else ():

@@ -37,6 +37,7 @@ class Run:
     peak_memory_bytes: int
     workers: list[int]
     notes: list[str]
+    parts: int = 1
     ranks: list[dict[str, Any]] = field(default_factory=list)
     """The lines with all ranks' times, in order."""
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
@@ -202,6 +203,8 @@ class _Reading:
         columns = {key: np.array([r[key] for r in updates], np.float64) for key in KEYS["update"]}
         noise = [record.get("gradient_noise") for record in updates]  # not in old runs' lines
         columns["gradient_noise"] = np.array(noise, np.float64)
+        for key in ("seconds", "seconds_left"):
+            columns[key] = np.array([record.get(key) for record in updates], np.float64)
         end = self.parts[-1].end
         run = Run(
             folder=folder,
@@ -215,6 +218,7 @@ class _Reading:
             ),
             workers=list(dict.fromkeys(part.run["world_size"] for part in self.parts)),
             notes=[],
+            parts=len(self.parts),
             ranks=[line for _, line in sorted(self._ranks.items())],
             slow_ranks=self._slow,
         )

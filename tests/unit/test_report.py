@@ -103,3 +103,17 @@ def test_of_many_ranks_those_that_were_slow_are_shown(tmp_path):
     found = strip(run)
     assert "777" in found.labels
     assert (len(found.labels), found.left_out) == (48, 952)
+
+
+def test_the_estimate_after_a_fifth_of_the_run_is_judged(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    updates = [line for line in lines if line["event"] == "update"]
+    for number, line in enumerate(updates, start=1):  # one second each, said to take 1.1
+        line |= {"seconds": 1.0 * number, "seconds_left": 1.1 * (len(updates) - number)}
+    end = {"reason": "finished", "update": 426, "seconds": 426.0, "peak_memory_bytes": 1}
+    lines.append({"event": "end", **end})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "time left after 20% of the run: 340.0 s; predicted 374.0 s (+10.0%), by" in said
