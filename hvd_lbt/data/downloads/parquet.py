@@ -202,7 +202,9 @@ def _open(path: Path) -> Any:
         raise UserError(f"{printable(path)} is no regular file.")
     try:
         # without these two a whole row group is read at once
-        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        return parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        )
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{printable(path)} is no whole Parquet file ({printable(error)[:200]}): "
