@@ -67,7 +67,7 @@ def visit(browser):
             "request",
             lambda request: request.url.startswith(LOCAL) or heard.append(request.url),
         )
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(120_000)  # milliseconds, on a busy machine
         page.goto(file.as_uri())
         opened.append(page)
         return page
