@@ -20,8 +20,8 @@ from hvd_lbt.world import World
 # of MLflow's own use of sqlalchemy
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 BLOCK, FULL, LAST = 2**15, 1, 4
-NOISE = torch.ones(2)
 REDUCER = {"wire_scale": 1.0, "underflow": 0.0, "overflows": 0, "skipped": 0}
+MEASURED = {"reducer": REDUCER, "noise": torch.ones(2), "times": torch.ones(1, 4)}
 
 
 def train(out, names, updates, reason, world=None):
@@ -31,7 +31,7 @@ def train(out, names, updates, reason, world=None):
     log = RunLog(out, world or World(), plan, updates[0], recipe)
     for number in updates:
         sums = torch.tensor([2.0 * number, 1.0, 2.0])
-        log.update(plan.at(number), sums, data_wait=0.0, reducer=REDUCER, noise=NOISE)
+        log.update(plan.at(number), sums, data_wait=0.0, **MEASURED)
     values = {"loss": 0.5, "top1": 0.25, "top5": 0.75, "samples": 4}
     log.evaluation(plan.at(updates[-1]), values)
     log.end(reason, updates[-1] + 1)
