@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from launching import run_ranks
 from trainings import events
 
@@ -23,8 +24,11 @@ def test_a_rank_that_computes_slowly_and_one_that_waits_for_data_are_named(tmp_p
     assert len(begin["hosts"]) == 4
     # the last update's times never come
     assert sum(line["updates"] for line in lines) == begin["plan"]["updates"] - 1
-    late = lines[-1]
+    late = {  # mean seconds an update, by rank
+        part: np.mean([line[part] for line in lines if line["first_update"] >= 40], axis=0)
+        for part in ("compute", "data", "sums")
+    }
     assert late["compute"][1] > 1.2 * late["compute"][0]
-    assert late["data"][2] > 0.02 > late["data"][0]
+    assert late["data"][2] > 0.02 + late["data"][0]
     assert late["sums"][1] < late["sums"][0]
     assert events(out, "end")[0]["stages"][0]["waiting"] > 0.1
