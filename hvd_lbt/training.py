@@ -31,6 +31,7 @@ from hvd_lbt.models import (
     load_pretrained,
     make_forward,
     samples_of,
+    unused_settings,
 )
 from hvd_lbt.models.forward import Forward
 from hvd_lbt.models.ghost_norm import GhostNorm
@@ -393,6 +394,7 @@ def _make_network(
         _print_on_rank_0(notes, world)
         return model, model
     outputs = settings.num_classes or classes
+    notes += unused_settings(settings)
     notes += check_network(model, settings.name, image_size=size, outputs=outputs)
     samples = samples_of(model)
     by_ghost_batch = samples is not None and samples.by_ghost_batch

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.models.foreign import build_foreign, is_foreign
+from hvd_lbt.models.foreign import build_foreign, is_foreign, unused_settings
 from hvd_lbt.models.forward import allow_graphs, compiled, make_forward
 from hvd_lbt.models.forward_samples import samples_of
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d, RunningStatistics, check_one_sample
@@ -37,6 +37,7 @@ __all__ = [
     "make_forward",
     "prepare_model",
     "samples_of",
+    "unused_settings",
 ]
 
 

@@ -27,6 +27,19 @@ def is_foreign(name: str) -> bool:
     return ":" in name
 
 
+def unused_settings(settings: ModelRecipe) -> list[str]:
+    """A line that names the settings of our own networks that a recipe has for another's."""
+    plain = ModelRecipe(name=settings.name)
+    names = [
+        f"model.{name}"
+        for name in ("stem", "width", "zero_init_residual")
+        if getattr(settings, name) != getattr(plain, name)
+    ]
+    if not names:
+        return []
+    return [f"Not used by {settings.name}: {', '.join(names)}; its settings are model.arguments."]
+
+
 def build_foreign(settings: ModelRecipe, outputs: int, image_size: int) -> nn.Module:
     """The network that `model.name` names, called with num_classes=outputs and model.arguments.
 

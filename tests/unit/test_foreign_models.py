@@ -12,7 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.models import build_model, check_network, foreign, load_pretrained, samples_of
+from hvd_lbt.models import (
+    build_model,
+    check_network,
+    foreign,
+    load_pretrained,
+    samples_of,
+    unused_settings,
+)
 from hvd_lbt.recipe import ModelRecipe
 
 OUTPUTS = 5
@@ -221,6 +228,13 @@ def test_parameters_that_the_loss_does_not_reach_are_named(made):
 def test_settings_without_effect_are_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
         ModelRecipe(**settings)
+
+
+def test_settings_of_our_own_networks_are_named():
+    shipped = ModelRecipe(name="timm:resnet50d", stem="imagenet", zero_init_residual=True)
+    (line,) = unused_settings(shipped)
+    assert line.startswith("Not used by timm:resnet50d: model.stem, model.zero_init_residual;")
+    assert unused_settings(ModelRecipe(name="timm:resnet50d")) == []
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])

@@ -122,7 +122,7 @@ def test_stages_are_tried_at_their_own_ghost_batch_and_test_images_at_their_size
     assert found.sizes[1] in (6, 12)
     assert {trial.ghost_batch for trial in found.trials} == {4, 6}
     # four times the pixels: a quarter of the samples
-    assert found.evaluation == max(1, found.sizes[0] // 4)
+    assert found.evaluation == max(1, max(found.sizes) // 4)
     assert {(size, training_) for _, size, training_ in training.model.seen} == {(16, False)}
 
 
