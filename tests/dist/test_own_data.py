@@ -71,7 +71,7 @@ def test_a_python_data_set_and_staged_shards_train_as_their_files_do(start, tmp_
     for state in states[1:]:
         for name, weights in states[0].items():
             assert torch.equal(weights, state[name]), name
-    told = f"8 shards are read from {local}; 0.0 MiB are copied there now.".replace(" ", "")
+    told = f"8 shards are read from {local}; 0.1 MiB are copied there now.".replace(" ", "")
     assert "".join(ended.output.split()).count(told) == 1  # lines are as wide as the terminal
     assert len(list(local.glob("*/*/t*/*.tar"))) == 8
 
