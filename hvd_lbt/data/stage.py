@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from hvd_lbt.data.downloads.arrays import ArrayStore
 from hvd_lbt.data.formats import SUMS_FILE
 from hvd_lbt.data.index import Index, locked
 from hvd_lbt.data.index_store import Store
@@ -216,6 +217,11 @@ def stage_data(stores: Mapping[str, object], data: DataRecipe, *, copies: bool) 
     folder = Path(data.stage)
     shards = {}
     for split, store in stores.items():
+        if isinstance(store, ArrayStore):
+            raise UserError(
+                f"data.stage: the pixels of {store.index.root} are in memory from the start, and "
+                "nothing is read later. Leave data.stage out."
+            )
         if not isinstance(store, Store) or store.index.extents is None:
             raise UserError(
                 "data.stage: this data set is no shards, and shards are staged: `hvd_lbt data "

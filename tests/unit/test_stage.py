@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import time
 
 import pytest
@@ -207,6 +208,15 @@ def test_what_cannot_be_staged_is_an_error(shards, tmp_path):
     data, local = shards
     with pytest.raises(UserError, match="this data set is no shards"):
         staged(tmp_path / "folder", local)
+    files = {}
+    for part in ("train", "t10k"):
+        files[f"{part}-images-idx3-ubyte"] = struct.pack(">4i", 2051, 10, 2, 2) + bytes(40)
+        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, 10) + bytes(range(10))
+    (tmp_path / "mnist").mkdir()
+    for name, text in files.items():
+        (tmp_path / "mnist" / name).write_bytes(text)
+    with pytest.raises(UserError, match="are in memory from the start"):
+        staged(tmp_path / "mnist", local)
     with pytest.raises(UserError, match=r"data\.stage: .*nowhere is no folder on "):
         staged(data, tmp_path / "nowhere")
     own_folder(local).symlink_to(tmp_path)
