@@ -101,6 +101,7 @@ class RunTimes:
         self.hosts, self._planned, self._left = list(hosts), planned, left
         self._ghost_batch = ghost_batch
         self.slow = SlowRanks(hosts)
+        self._parts: dict[tuple[int, int], Floats] = {}  # compute and data by rank, of each size
         self.stages: dict[int, StageTimes] = {}
         self._before: tuple[Update, float] | None = None  # whose row comes with the next update
         self._samples_of: dict[tuple[int, int], Floats] = {}
@@ -130,7 +131,13 @@ class RunTimes:
         if self._left:
             for (update, _), row in zip(done, rows, strict=True):
                 if row.any():
-                    self._left.parts(update, *row[:, :2].max(0).tolist())
+                    # The mean of the rank that is slowest on average: the mean of each update's
+                    # slowest would take noise for work, which a larger batch has more of.
+                    key = update.stage, update.global_batch
+                    total = self._parts.setdefault(key, np.zeros((len(self.hosts), 2)))
+                    total += row[:, :2]
+                    slowest = int(total.sum(1).argmax())
+                    self._left.parts(update, *row[slowest, :2].tolist())
         self._count([update for update, _ in done], lasted, rows)
         samples = np.stack([self._samples(update) for update, _ in done])
         indices = [update.index for update, _ in done]

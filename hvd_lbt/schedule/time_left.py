@@ -114,8 +114,8 @@ class TimeLeft:
             self._stale = 0
 
     def parts(self, update: Update, compute: float, data: float) -> None:
-        """Of an update: seconds of forward and backward, and of the wait for data, the longest of
-        all ranks.
+        """Of an update: seconds of forward and backward, and of the wait for data, of the rank that
+        is slowest on average.
         """
         size = self._size(self._key(update.stage, update.global_batch))
         if self._timed > WARMUP + 1 and size.count > 1:
