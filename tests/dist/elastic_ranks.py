@@ -27,7 +27,7 @@ nn.ReLU = lambda inplace=False: nn.Softplus()
 
 def write_down(folder: Path, pause: str) -> None:
     """Wrap what the training loop calls."""
-    from hvd_lbt import checkpoint, train, training
+    from hvd_lbt import checkpoint, run, training
     from hvd_lbt.data import pipeline, samples
     from hvd_lbt.elastic import worker as elastic
 
@@ -135,8 +135,8 @@ def write_down(folder: Path, pause: str) -> None:
 
     begin, forward = elastic.comm.init, elastic.Relay._forward
     elastic.comm.init, elastic.Relay._forward = dying_init, dying_forward
-    evaluate, write = train.evaluate, checkpoint._replace_pair
-    train.evaluate, checkpoint._replace_pair = dying_evaluate, dying_write
+    evaluate, write = run.evaluate, checkpoint._replace_pair
+    run.evaluate, checkpoint._replace_pair = dying_evaluate, dying_write
     samples.TrainSamples.__init__ = noted_samples
     training.set_hyperparameters, pipeline.train_batches = noted_update, noted_batches
     training.GradientReducer.backward = noted_backward
