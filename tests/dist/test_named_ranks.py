@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).with_name("slow_ranks.py")
 
 @pytest.mark.skipif(
     os.environ.get("HVD_LBT_IDLE") != "1",
-    reason="other processes slow ranks too; on idle cores: HVD_LBT_IDLE=1 launch/test -n 0 FILE",
+    reason="other processes slow ranks too; on idle cores: HVD_LBT_IDLE=1 launch/test FILE",
 )
 def test_a_rank_that_computes_slowly_and_one_that_waits_for_data_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HVD_LBT_TEST_SLOW", "1:compute:0.025:30,2:data:0.03:30")
