@@ -1,6 +1,10 @@
-"""The errors a user can cause and fix."""
+"""The errors a user can cause and fix, and how they show values and names."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LONGEST_SHOWN = 60  # characters
 
 
 class UserError(ValueError):
@@ -40,3 +44,19 @@ class ReadError(SampleError):
 
 class CheckpointError(UserError):
     """A checkpoint could not be written: the storage is full, or fails."""
+
+
+def shortened(text: str) -> str:
+    """`text`, its end left out if it is long."""
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, shortened."""
+    return shortened(repr(value))
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """` Did you mean NAME?` if one of the allowed names is much like `word`, else nothing."""
+    close = difflib.get_close_matches(word[:LONGEST_SHOWN], list(allowed), n=1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -10,13 +10,13 @@ MAX_NODES and integers of more than MAX_DIGITS digits are errors with their line
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, did_you_mean
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -66,6 +66,20 @@ def read_text(file: Path, what: str, limit: int = MAX_BYTES) -> str:
         raise UserError(
             f"{what}: line {line}: byte {data[error.start]:#04x} is not UTF-8; save it as UTF-8."
         ) from error
+
+
+def load(file: Path, what: str, kind: str, shipped: Sequence[str]) -> Any:
+    """The value of a YAML file that is one of the `shipped` ones of a `kind`, or the user's own.
+
+    Raises UserError, also if there is no such file.
+    """
+    try:
+        return parse(read_text(file, what), what)
+    except FileNotFoundError:
+        raise UserError(
+            f"{what}: there is no shipped {kind} and no file of this "
+            f"name.{did_you_mean(str(file), shipped)} Shipped {kind}s: {', '.join(shipped)}."
+        ) from None
 
 
 def parse(text: str, what: str) -> Any:

@@ -6,7 +6,6 @@ recipe, so that recipes to be compared differ only in what they say. An unknown 
 value is a UserError that names the key, the value, and what is allowed.
 """
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from pydantic import (
 )
 
 from hvd_lbt import plain_yaml
-from hvd_lbt.errors import RenamedWarning, UserError
+from hvd_lbt.errors import RenamedWarning, UserError, did_you_mean, shown
 from hvd_lbt.no_secrets import refuse_secrets
 from hvd_lbt.own import EXAMPLE, is_object_name
 from hvd_lbt.schedule.phases import phases
@@ -510,7 +509,7 @@ class Recipe(_Section):
         except ValidationError:  # of a program that allowed something else: compare what is there
             before = old
         return "; ".join(
-            f"{section}.{key} was {_shown(before.get(section, {}).get(key))}, is {_shown(value)}"
+            f"{section}.{key} was {shown(before.get(section, {}).get(key))}, is {shown(value)}"
             for section, settings in self._bound().items()
             for key, value in settings.items()
             if before.get(section, {}).get(key) != value
@@ -585,7 +584,7 @@ def _read(name_or_path: str | Path, folder: Path, is_base: bool = False) -> dict
         return settings
     if is_base or not isinstance(base, str):
         raise UserError(
-            f"Recipe {file}: base: {_shown(base)} is not allowed; it must be the name or the file "
+            f"Recipe {file}: base: {shown(base)} is not allowed; it must be the name or the file "
             "of a recipe that has no base itself."
         )
     return _laid_over(_read(base, file.parent, is_base=True), settings)
@@ -604,18 +603,11 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _read_file(file: Path) -> dict[str, Any]:
     what = f"Recipe {file}"
-    try:
-        settings = plain_yaml.parse(plain_yaml.read_text(file, what), what)
-    except FileNotFoundError:
-        raise UserError(
-            f"{what}: there is no shipped recipe and no file of this "
-            f"name.{_did_you_mean(str(file), shipped_recipes())} Shipped recipes: "
-            f"{', '.join(shipped_recipes())}."
-        ) from None
+    settings = plain_yaml.load(file, what, "recipe", shipped_recipes())
     if not isinstance(settings, dict):
         raise UserError(
             f"Recipe {file}: the file must hold sections of settings "
-            f"({', '.join(Recipe.model_fields)}), and holds {_shown(settings)}."
+            f"({', '.join(Recipe.model_fields)}), and holds {shown(settings)}."
         )
     return with_new_names(settings)
 
@@ -638,7 +630,7 @@ def _set(settings: dict[str, Any], override: str) -> None:
         settings = settings[key]
         if not isinstance(settings, dict):
             raise UserError(
-                f"--set {override[:100]}: {'.'.join(keys[:depth])} is {_shown(settings)}, which "
+                f"--set {override[:100]}: {'.'.join(keys[:depth])} is {shown(settings)}, which "
                 "has no keys of its own; set it as a whole."
             )
     settings[keys[-1]] = value
@@ -656,7 +648,7 @@ def _reason(details: Any) -> str:
     kind, value = details["type"], details["input"]
     if kind in UNKNOWN_KEY:
         allowed = _keys_at(location[:-1])
-        hint = _did_you_mean(str(location[-1]), allowed)
+        hint = did_you_mean(str(location[-1]), allowed)
         return f"{where}: there is no such key.{hint} Allowed: {', '.join(allowed)}."
     if kind == "missing":
         return f"{where}: it is missing and must be given."
@@ -665,14 +657,14 @@ def _reason(details: Any) -> str:
         message = error.at(where) if isinstance(error, SettingError) else str(error)
         # a section's own check names its keys itself
         checks_section = isinstance(value, Mapping) or not location
-        return message if checks_section else f"{where}: {_shown(value)} is not allowed; {message}."
+        return message if checks_section else f"{where}: {shown(value)} is not allowed; {message}."
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
         keys = ", ".join(_keys_at(location))
-        return f"{where}: {_shown(value)} is no section; allowed keys: {keys}."
+        return f"{where}: {shown(value)} is no section; allowed keys: {keys}."
     message = details["msg"].replace("Input should be", "it must be", 1)
     message = message.replace("a valid tuple", "a list")
     message = message[0].lower() + message[1:]
-    return f"{where}: {_shown(value)} is not allowed; {message}."
+    return f"{where}: {shown(value)} is not allowed; {message}."
 
 
 def _keys_at(location: Iterable[int | str]) -> list[str]:
@@ -716,13 +708,3 @@ def _sections_in(annotation: Any) -> Iterator[Any]:
         yield annotation
     for argument in get_args(annotation):
         yield from _sections_in(argument)
-
-
-def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word[:60], list(allowed), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

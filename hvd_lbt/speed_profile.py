@@ -3,8 +3,6 @@
 Shipped ones are in `hvd_lbt/speeds`; `hvd_lbt bench profile --out mine.yaml` measures one.
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import yaml
 
 from hvd_lbt import plain_yaml
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, did_you_mean, shown
 from hvd_lbt.schedule.speed import Link, SpeedError, SpeedProfile, keys_of
 
 SHIPPED = Path(__file__).parent / "speeds"
@@ -28,15 +26,7 @@ def load_profile(name_or_path: str | Path) -> SpeedProfile:
     shipped = str(name_or_path) in shipped_profiles()
     file = SHIPPED / f"{name_or_path}.yaml" if shipped else Path(name_or_path)
     what = f"Speed profile {name_or_path}"
-    try:
-        settings = plain_yaml.parse(plain_yaml.read_text(file, what), what)
-    except FileNotFoundError:
-        raise UserError(
-            f"{what}: there is no shipped profile and no file of this "
-            f"name.{_did_you_mean(str(name_or_path), shipped_profiles())} Shipped profiles: "
-            f"{', '.join(shipped_profiles()) or 'none'}."
-        ) from None
-    return profile_of(settings, what)
+    return profile_of(plain_yaml.load(file, what, "profile", shipped_profiles()), what)
 
 
 def profile_of(settings: Any, what: str) -> SpeedProfile:
@@ -52,7 +42,7 @@ def profile_of(settings: Any, what: str) -> SpeedProfile:
             }
         for key in ("name", "source", "model"):
             if values.get(key) is not None and not isinstance(values[key], str):
-                raise SpeedError(f"{key}: {_shown(values[key])} is not allowed; it must be text.")
+                raise SpeedError(f"{key}: {shown(values[key])} is not allowed; it must be text.")
         return SpeedProfile(**values)
     except SpeedError as error:
         raise UserError(f"{what}: {error.problem}") from None
@@ -94,12 +84,12 @@ def _checked_keys(settings: Any, kind: type, where: str) -> dict[str, Any]:
     allowed = keys_of(kind)
     if not isinstance(settings, dict):
         raise SpeedError(
-            f"{where}: it must hold the keys {', '.join(allowed)}, and holds {_shown(settings)}."
+            f"{where}: it must hold the keys {', '.join(allowed)}, and holds {shown(settings)}."
         )
     for key in settings:
         if key not in allowed:
             raise SpeedError(
-                f"{key[:60]}: there is no such key.{_did_you_mean(key, allowed)} Allowed: "
+                f"{key[:60]}: there is no such key.{did_you_mean(key, allowed)} Allowed: "
                 f"{', '.join(allowed)}."
             )
     for entry in fields(kind):
@@ -111,13 +101,3 @@ def _checked_keys(settings: Any, kind: type, where: str) -> dict[str, Any]:
 def _size(text: Any) -> Any:
     """An image size is a key, which YAML gives as text."""
     return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 7 else text
-
-
-def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word[:60], list(allowed), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hvd_lbt.data.pixels import Encoded, encoded, of_image, of_pixels
-from hvd_lbt.errors import ReadError, SampleError, UserError
+from hvd_lbt.errors import ReadError, SampleError, UserError, shortened
 from hvd_lbt.own import load_object
 from hvd_lbt.terminal import printable
 
@@ -269,8 +269,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({_kind(value)})"
+    return f"{shortened(' '.join(repr(value).split()))} ({_kind(value)})"
 
 
 def _told(error: Exception) -> str:

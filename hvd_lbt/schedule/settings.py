@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, shortened
 from hvd_lbt.schedule.noise import batch_of_equal_noise
 
 
@@ -430,5 +430,4 @@ def _name_of(kind: type) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value).removesuffix(".0")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(repr(value).removesuffix(".0"))

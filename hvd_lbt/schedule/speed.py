@@ -19,7 +19,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, shown
 
 FIXED_UNKNOWN = (
     "the fixed seconds of an update (update_seconds is not measured), so that what a larger batch "
@@ -284,8 +284,7 @@ def _check(key: str, value: Any, *, least: float = 0.0, most: float = LARGEST) -
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not isfinite(value) or not least <= value <= most:
         raise SpeedError(
-            f"{key}: {_shown(value)} is not allowed; it must be a number from {least:g} to "
-            f"{most:g}."
+            f"{key}: {shown(value)} is not allowed; it must be a number from {least:g} to {most:g}."
         )
 
 
@@ -293,10 +292,5 @@ def _check_whole(key: str, value: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not 1 <= value <= LARGEST:
         raise SpeedError(
-            f"{key}: {_shown(value)} is not allowed; it must be a whole number of at least 1."
+            f"{key}: {shown(value)} is not allowed; it must be a whole number of at least 1."
         )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
