@@ -9,7 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lbt.recipe import Recipe
-from hvd_lbt.schedule.layout import count_ghost_batches, largest_share, make_layout
+from hvd_lbt.schedule.layout import (
+    count_ghost_batches,
+    largest_share,
+    make_layout,
+    typical_workers,
+)
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan, Stage, target_workers
 from hvd_lbt.schedule.plan_warnings import plan_warnings
@@ -122,16 +127,12 @@ class _Shares:
 def _shares(
     recipe: Recipe, stage: Stage, workers: int, micro_batches: Sequence[int] = ()
 ) -> _Shares:
-    """What `workers` workers do, from three of them: the others do the same as one of these.
-
-    Of G ghost batches on W workers, G mod W workers have one more than the others: the first worker
-    never has, the last one has if any does and ends with the smaller rest, the third is another
-    one.
-    """
+    """What `workers` workers do, from `typical_workers`."""
     ghost_batch = stage.ghost_batch or recipe.layout.ghost_batch
     chosen = micro_batches[stage.index] if micro_batches else recipe.layout.micro_batch
     most = largest_share(stage.global_batch, ghost_batch, workers)
-    fewest, more = divmod(count_ghost_batches(stage.global_batch, ghost_batch), workers)
+    ghost_batches = count_ghost_batches(stage.global_batch, ghost_batch)
+    fewest, more = divmod(ghost_batches, workers)
     of_one = {
         rank: make_layout(
             stage.global_batch,
@@ -140,7 +141,7 @@ def _shares(
             micro_batch=most if chosen == "auto" else chosen,
             ghost_batch=ghost_batch,
         ).micro_batches
-        for rank in {0, -(-workers // max(1, more)) - 1, workers - 1}
+        for rank in typical_workers(ghost_batches, workers)
     }
     few, many = len(of_one[0]), len(of_one[workers - 1])
     sizes = {len(part) for parts in of_one.values() for part in parts}

@@ -38,6 +38,17 @@ def largest_share(global_batch: int, ghost_batch: int, workers: int) -> int:
     return -(-count_ghost_batches(global_batch, ghost_batch) // workers) * ghost_batch
 
 
+def typical_workers(ghost_batches: int, workers: int) -> set[int]:
+    """Workers of which one does what any worker does: the most, the fewest, the smaller rest.
+
+    Of G ghost batches on W workers, G mod W workers have one more than the others: the first worker
+    never has, the last one has if any does and ends with the smaller rest, the third is another
+    one.
+    """
+    more = ghost_batches % workers
+    return {0, -(-workers // max(1, more)) - 1, workers - 1}
+
+
 def make_layout(
     global_batch: int, *, rank: int, size: int, micro_batch: int, ghost_batch: int
 ) -> Layout:

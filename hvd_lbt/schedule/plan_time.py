@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.schedule.layout import count_ghost_batches, make_layout
+from hvd_lbt.schedule.layout import count_ghost_batches, make_layout, typical_workers
 from hvd_lbt.schedule.plan import Plan, Stage, make_plan, target_workers
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.schedule.speed import SpeedProfile, UpdateTime, Work, update_time
@@ -75,12 +75,7 @@ def policy_plans(schedule: Schedule, train_samples: int) -> dict[str, Plan | str
 
 
 def work_of(samples: int, cluster: Cluster, *, ghost_batch: int, image_size: int) -> Work:
-    """What an update of so many samples asks of the busiest worker.
-
-    Of G ghost batches on W workers, G mod W workers have one more than the others, the last worker
-    among them if there are any, and it ends with the smaller rest. So the busiest is the first of
-    those that have more, the last worker (whose rest may be one sample larger), or the first.
-    """
+    """What an update of so many samples asks of the busiest worker."""
     layouts = [
         make_layout(
             samples,
@@ -89,7 +84,7 @@ def work_of(samples: int, cluster: Cluster, *, ghost_batch: int, image_size: int
             micro_batch=cluster.micro_batch,
             ghost_batch=ghost_batch,
         )
-        for rank in _busiest(count_ghost_batches(samples, ghost_batch), cluster.workers)
+        for rank in typical_workers(count_ghost_batches(samples, ghost_batch), cluster.workers)
     ]
     busiest = max(layouts, key=lambda layout: layout.local_batch)
     return Work(
@@ -99,12 +94,6 @@ def work_of(samples: int, cluster: Cluster, *, ghost_batch: int, image_size: int
         last_micro_batch=len(busiest.micro_batches[-1]),
         image_size=image_size,
     )
-
-
-def _busiest(ghost_batches: int, workers: int) -> set[int]:
-    """The ranks of which one has the most samples."""
-    more = ghost_batches % workers
-    return {0, -(-workers // max(1, more)) - 1, workers - 1}
 
 
 def _stage_time(plan: Plan, stage: Stage, profile: SpeedProfile, cluster: Cluster) -> StageTime:
