@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from hvd_lbt.errors import UserError
 from hvd_lbt.sampler import MicroBatches
 from hvd_lbt.schedule.layout import largest_share
-from hvd_lbt.schedule.plan import Update, layout_of
+from hvd_lbt.schedule.plan import Update, micro_batch_ranges
 from hvd_lbt.world import World
 
 Batch = TypeVar("Batch")
@@ -98,12 +97,7 @@ class UpdateStream(Generic[Batch]):
             self._place = place
             yield update, self._next()
             assert self._batches is not None
-            left = len(self._batches) - self._batches.taken
-            if left:
-                raise UserError(
-                    f"update {update.index}: {left} of {len(self._batches)} micro-batches were not "
-                    "used. Take all of an update's before the next one."
-                )
+            self._batches.check_all_taken(update)
 
     def again(self, sizes: MicroBatchSizes) -> MicroBatches[Batch]:
         """The micro-batches of the present update once more, of other sizes; so are later ones.
@@ -125,33 +119,26 @@ class UpdateStream(Generic[Batch]):
     def shapes(self, sizes: MicroBatchSizes) -> set[tuple[int, int, int | None]]:
         """(samples, ghost batch, image size) of all micro-batches from the present update on."""
         return {
-            (len(part), self.ghost_batches[update.stage], update.image_size)
+            (count, ghost_batch, update.image_size)
             for update in self._updates[self._place :]
-            for part in self._layout(update, sizes)
+            for _, count, ghost_batch in self._ranges([update], sizes)
         }
 
     def _next(self) -> MicroBatches[Batch]:
         if self._source is None:
             stages = {update.stage for update in self._updates[self._place :]}
             most = max(self.sizes.stages[stage] for stage in stages)
-            self._source = self._make(self._ranges(self._place, self.sizes), most)
+            self._source = self._make(self._ranges(self._updates[self._place :], self.sizes), most)
         update = self._updates[self._place]
-        parts = self._layout(update, self.sizes)
-        ghost_batch = self.ghost_batches[update.stage]
-        firsts = [update.samples_seen + part.start for part in parts]
-        sizes = [len(part) for part in parts]
-        self._batches = MicroBatches(sizes, self._source, ghost_batch, firsts)
+        self._batches = MicroBatches.of_update(
+            update, self._source, self._world, **self._cut(update, self.sizes)
+        )
         return self._batches
 
-    def _ranges(self, first: int, sizes: MicroBatchSizes) -> Iterator[Range]:
-        for update in self._updates[first:]:
-            for part in self._layout(update, sizes):
-                yield update.samples_seen + part.start, len(part), self.ghost_batches[update.stage]
+    def _ranges(self, updates: Iterable[Update], sizes: MicroBatchSizes) -> Iterator[Range]:
+        for update in updates:
+            yield from micro_batch_ranges([update], self._world, **self._cut(update, sizes))
 
-    def _layout(self, update: Update, sizes: MicroBatchSizes) -> tuple[range, ...]:
-        return layout_of(
-            update,
-            self._world,
-            micro_batch=sizes.stages[update.stage],
-            ghost_batch=self.ghost_batches[update.stage],
-        ).micro_batches
+    def _cut(self, update: Update, sizes: MicroBatchSizes) -> dict[str, int]:
+        stage = update.stage
+        return {"micro_batch": sizes.stages[stage], "ghost_batch": self.ghost_batches[stage]}

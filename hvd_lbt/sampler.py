@@ -35,6 +35,33 @@ class MicroBatches(Generic[Batch]):
         self.taken = 0
         self._source = iter(source)
 
+    @classmethod
+    def of_update(
+        cls,
+        update: Update,
+        source: Iterator[Batch],
+        world: World,
+        *,
+        micro_batch: int,
+        ghost_batch: int,
+    ) -> "MicroBatches[Batch]":
+        """This rank's of `update`, taken from `source`; ghost_batch: where it has none of its
+        own.
+        """
+        parts = layout_of(
+            update, world, micro_batch=micro_batch, ghost_batch=ghost_batch
+        ).micro_batches
+        firsts = [update.samples_seen + part.start for part in parts]
+        return cls([len(part) for part in parts], source, update.ghost_batch or ghost_batch, firsts)
+
+    def check_all_taken(self, update: Update) -> None:
+        """Raise UserError if some of the update's are left: all later ones would be wrong."""
+        if self.taken < len(self):
+            raise UserError(
+                f"update {update.index}: {len(self) - self.taken} of {len(self)} micro-batches "
+                "were not used. Take all of an update's before the next one."
+            )
+
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -72,16 +99,11 @@ def by_update(
     """
     stream = iter(source)
     for update in updates:
-        layout = layout_of(update, world, micro_batch=micro_batch, ghost_batch=ghost_batch)
-        sizes = [len(part) for part in layout.micro_batches]
-        firsts = [update.samples_seen + part.start for part in layout.micro_batches]
-        batches = MicroBatches(sizes, stream, update.ghost_batch or ghost_batch, firsts)
+        batches = MicroBatches.of_update(
+            update, stream, world, micro_batch=micro_batch, ghost_batch=ghost_batch
+        )
         yield update, batches
-        if batches.taken < len(batches):
-            raise UserError(
-                f"update {update.index}: {len(batches) - batches.taken} of {len(batches)} "
-                "micro-batches were not used. Take all of an update's before the next one."
-            )
+        batches.check_all_taken(update)
 
 
 class PlanSampler(BatchSampler):
