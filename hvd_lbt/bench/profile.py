@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hvd_lbt import comm
 from hvd_lbt.arguments import count, positive
+from hvd_lbt.auto_micro_batch import number_of
 from hvd_lbt.bench.harness import Lines, machine
 from hvd_lbt.data.batches import batch_maker
 from hvd_lbt.data.samples import Images
@@ -108,11 +109,8 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.out and next((os.environ[n] for n in RANK_VARIABLES if n in os.environ), "0") == "0":
         _check_writable(args.out)
-    if recipe.layout.micro_batch == "auto" and not args.micro_batch:
-        raise UserError(
-            "layout.micro_batch: auto is chosen at the start of a training; give --micro-batch N, "
-            "the one that a training has found."
-        )
+    if not args.micro_batch:
+        number_of(recipe, "give --micro-batch N, the one that a training has found")
     store = open_data(args.data, recipe)[0] if args.data else None
     if isinstance(store, SyntheticStore):
         raise UserError("--data synthetic: these images are not made; name a data set.")
