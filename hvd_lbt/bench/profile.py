@@ -42,6 +42,7 @@ from hvd_lbt.schedule.speed import Link, SpeedProfile, Work, update_time
 from hvd_lbt.speed_profile import load_profile, profile_text, shipped_profiles
 from hvd_lbt.terminal import printable
 from hvd_lbt.training import Training, make_training
+from hvd_lbt.whole_file import write_whole
 from hvd_lbt.world import RANK_VARIABLES, World
 
 ALONE = World()
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
         text = bench.head() + profile_text(profile)
         print(text, flush=True)
         if args.out:
-            args.out.write_text(text, encoding="utf-8")
+            _write(args.out, text)
             load_profile(args.out)  # what `plan --speed` does
             command = f"hvd_lbt plan {args.recipe} --speed {args.out} --workers"
             print(f"Written to {args.out}. {command} {world.size} {8 * world.size}", flush=True)
@@ -163,6 +164,17 @@ def _check_writable(file: Path) -> None:
     except UserError as error:
         raise UserError(
             f"--out {file}: it exists and is no speed profile; give another name. ({error})"
+        ) from error
+
+
+def _write(file: Path, text: str) -> None:
+    """Write the profile; one that is there already stays, if that fails."""
+    try:
+        write_whole(file.resolve(), text)
+    except OSError as error:
+        raise UserError(
+            f"--out {file}: it cannot be written ({error.strerror}). The profile is printed above: "
+            "save it elsewhere."
         ) from error
 
 

@@ -27,6 +27,7 @@ from hvd_lbt.data.reading import open_regular
 from hvd_lbt.errors import ReadError, UserError
 from hvd_lbt.recipe import DataRecipe
 from hvd_lbt.terminal import printable
+from hvd_lbt.whole_file import write_whole
 
 CHUNK = 8 << 20  # bytes read at once
 SPARE = 64 << 20  # bytes that stay free
@@ -62,7 +63,7 @@ class Stage:
             for made in (self._copies, self._work):
                 made.mkdir(parents=True, exist_ok=True)
             if not (self.home / ABOUT).exists():
-                _write(self.home / ABOUT, json.dumps({"source": root}))
+                write_whole(self.home / ABOUT, json.dumps({"source": root}))
         except OSError as error:
             raise _unusable(folder, error) from error
         weakref.finalize(self, os.close, self._in_use)
@@ -361,13 +362,6 @@ def _digest(descriptor: int, beat: Callable[[], None]) -> str:
         at += len(chunk)
         beat()
     return digest.hexdigest()
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a small file whole, under a name that no other process uses meanwhile."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,10 +1,11 @@
 """RUN/loggers.json: the id of the run at each logger, so that a resume continues the same run."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from hvd_lbt.whole_file import write_whole
 
 FILE = "loggers.json"
 
@@ -26,13 +27,8 @@ class RunIds:
             if self._ids.get(logger) == run_id:
                 return
             self._ids[logger] = run_id
-            scratch = self._file.with_name(f".{FILE}.{os.getpid()}")
             try:
-                with scratch.open("w", encoding="utf-8") as file:
-                    json.dump(self._ids, file, indent=1)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(self._file)
+                write_whole(self._file, json.dumps(self._ids, indent=1))
             except OSError as error:
                 self._say(
                     f"{self._file} cannot be written ({error.strerror}): after a resume {logger} "

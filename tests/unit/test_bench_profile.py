@@ -1,9 +1,12 @@
 """What `bench profile` makes of its timings: a, b and c of exact ones, and never a negative one."""
 
 import pytest
+from small_disk import small_disk
 
+from hvd_lbt.bench import profile
 from hvd_lbt.bench.profile import Timed, fit, overlap_of
 from hvd_lbt.cli import main
+from hvd_lbt.errors import UserError
 
 
 def timed(size, samples, seconds, micro_batch=64):
@@ -45,6 +48,17 @@ def test_the_overlap_is_of_the_small_update_and_the_share_of_the_large_one():
     assert overlap_of([(16, 0.008), (64, 0.030)], 1e-3, 0.050) == pytest.approx((0.5, 0.6))
     assert overlap_of([(16, -0.01), (64, -0.02)], 1e-3, 0.050) == (0.0, 0.0)  # sums slow it down
     assert overlap_of([(16, 0.08), (64, 0.08)], 1e-3, 0.050) == (1.0, 1.0)
+
+
+def test_a_profile_that_does_not_fit_its_disk_leaves_the_one_before(tmp_path):
+    with small_disk(tmp_path / "disk", "16k"):
+        out = tmp_path / "disk/speed.yaml"
+        out.write_text("before")
+        (tmp_path / "disk/fill").write_bytes(bytes(12_288))
+        with pytest.raises(UserError, match=r"--out .*speed.yaml: it cannot be written \(No space"):
+            profile._write(out, "after")
+        assert out.read_text() == "before"
+        assert sorted(file.name for file in out.parent.iterdir()) == ["fill", "speed.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ TOP = "hvd_lbt.__init__"
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
     {"errors", "world", "data.order", "data.crops", "ops", "stop", "wire_scale"},
-    {"run_lock", "launcher", "append_file", "own"},
+    {"run_lock", "launcher", "append_file", "whole_file", "own"},
     {"schedule", "plain_yaml", "no_secrets"},
     {"speed_profile"},
     {"terminal", "arguments", "rounding"},
