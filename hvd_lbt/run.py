@@ -1,6 +1,5 @@
 """One training as a whole, and what is done between its updates: log, evaluate, save."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,8 +86,7 @@ class Run:
 
     def _give_up(self, updates_done: int, error: OutOfMemoryError, what: str) -> NoReturn:
         """Save, and say on all ranks what needs less memory."""
-        if error.own:
-            print(f"hvd_lbt: rank {self.world.rank}: {error.own}", file=sys.stderr, flush=True)
+        self.log.print_own(error)
         saved = ""
         if updates_done:
             self.save(updates_done, best=False)

@@ -248,8 +248,7 @@ class RunLog:
 
         Each of these ranks prints the error that it met.
         """
-        if error.own:
-            print(f"hvd_lbt: rank {self._world.rank}: {error.own}", file=sys.stderr, flush=True)
+        self.print_own(error)
         self.event(
             "out_of_memory",
             update=updates_done,
@@ -261,6 +260,11 @@ class RunLog:
             f"{error.who}, after {updates_done:,} updates. All ranks do it "
             f"again with a micro-batch of {after:,} instead of {before:,}, which computes the same."
         )
+
+    def print_own(self, error: OutOfMemoryError) -> None:
+        """Print the error that this rank met, if it is one of those that ran out of memory."""
+        if error.own:
+            print(f"hvd_lbt: rank {self._world.rank}: {error.own}", file=sys.stderr, flush=True)
 
     def _note_times(self, found: Iterable[SlowRank | RanksLine]) -> None:
         """Write down what the ranks' times say, and name a rank that is slow, or no longer."""
