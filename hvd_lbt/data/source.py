@@ -85,8 +85,13 @@ def find_source(data: Path, split: str, asked: list[Path]) -> Source:
 def _find_source(data: Path, split: str, asked: list[Path]) -> Source:
     asked.append(data)
     if not data.is_dir():
+        what = (
+            "it is a file, and no data set by itself"
+            if data.exists()
+            else "there is no such folder"
+        )
         raise UserError(
-            f"--data {data}: there is no such folder. It must hold train/CLASS/FILE and "
+            f"--data {data}: {what}. A folder must hold train/CLASS/FILE and "
             "test/CLASS/FILE (or val/…), or shards; without --data the built-in digits are used."
         )
     words = SPLITS[split]

@@ -167,11 +167,14 @@ def _torch_save(file: Path) -> Any:
         raise
     except Exception as error:  # whatever a file that holds something else makes the reader raise
         reason = " ".join(str(error).split())
-        holds_code = "weights_only" in reason or "Unsupported" in reason
+        with file.open("rb") as stream:
+            saved = stream.read(2) in (b"PK", b"\x80\x02")  # a zip archive; before 1.6 a pickle
+        holds_code = saved and ("weights_only" in reason or "Unsupported" in reason)
         advice = (
             "it holds more than tensors, which would run code of the file. In the program that "
             "wrote it: torch.save(model.state_dict(), FILE)"
             if holds_code
-            else reason[:200] or type(error).__name__
+            else f"it is no file of torch.save ({reason[:200] or type(error).__name__}); give a "
+            "state_dict of torch.save, or a .safetensors file"
         )
         raise UserError(f"model.pretrained: {file} cannot be read: {advice}.") from error

@@ -380,7 +380,10 @@ def test_a_file_without_weights_says_what_it_holds(weights, content, reason):
 def test_files_that_are_no_weights_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         load_pretrained(Net(5), tmp_path / "gone.pt")
-    for name, reason in (("a.pt", "cannot be read"), ("a.safetensors", "as safetensors")):
+    for name, reason in (
+        ("a.pt", "cannot be read: it is no file of torch.save"),
+        ("a.safetensors", "as safetensors"),
+    ):
         (tmp_path / name).write_bytes(b"no weights")
         with pytest.raises(UserError, match=reason):
             load_pretrained(Net(5), tmp_path / name)

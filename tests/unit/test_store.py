@@ -41,6 +41,9 @@ def test_val_serves_as_test(data):
 
 
 def test_missing_folder_is_named(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"--data .*images.zip: it is a file, and no data set"):
+        open_splits(tmp_path / "images.zip")
     with pytest.raises(UserError, match=r"--data .*nowhere: there is no such folder"):
         open_splits(tmp_path / "nowhere")
 
