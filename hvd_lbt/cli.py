@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from hvd_lbt import terminal
-from hvd_lbt.errors import RenamedWarning, SampleError, UserError
+from hvd_lbt.errors import RenamedWarning, SampleError, UserError, one_line
 from hvd_lbt.terminal import printable
 from hvd_lbt.world import RANK_VARIABLES
 
@@ -240,7 +240,7 @@ def _reason_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
         return (
             "there is not enough memory for this: a smaller layout.micro_batch, data.image_size or "
-            f"model needs less ({' '.join(str(error).split())[:200] or 'MemoryError'})."
+            f"model needs less ({one_line(error, 200) or 'MemoryError'})."
         )
     return None
 

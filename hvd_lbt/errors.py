@@ -56,6 +56,11 @@ def shown(value: Any) -> str:
     return shortened(repr(value))
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """What an error says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:longest]
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """` Did you mean NAME?` if one of the allowed names is much like `word`, else nothing."""
     close = difflib.get_close_matches(word[:LONGEST_SHOWN], list(allowed), n=1)

@@ -19,7 +19,7 @@ from hvd_lbt.data.identity import same_on_all_ranks
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.store import open_test_data
 from hvd_lbt.data.synthetic import SyntheticStore
-from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
+from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError, one_line
 from hvd_lbt.models import build_model
 from hvd_lbt.out_of_memory import is_out_of_memory, reason, release_cached_memory
 from hvd_lbt.recipe import DataRecipe, Recipe
@@ -178,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(
             f"The checkpoint {args.checkpoint} does not hold the weights of its recipe's network: "
             f"{reason}."

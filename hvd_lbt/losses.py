@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 from hvd_lbt.own import load_object
 
 OwnLoss = Callable[[Tensor, Tensor], Tensor]
@@ -132,7 +132,7 @@ def _tried(function: OwnLoss, logits: Tensor, labels: Tensor, what: str) -> Tens
     try:
         losses = function(logits, labels)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or "no message"
+        reason = one_line(error) or "no message"
         raise UserError(
             f"{what}: called with logits {tuple(logits.shape)} and labels {tuple(labels.shape)} it "
             f"raised {type(error).__name__}: {reason}. It must give {wanted}."

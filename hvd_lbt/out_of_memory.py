@@ -4,6 +4,8 @@ import gc
 
 import torch
 
+from hvd_lbt.errors import one_line
+
 # What torch, DALI, CUDA's libraries and the C++ runtime write where no type of its own says it.
 SAYS_SO = (
     "can't allocate memory",  # DefaultCPUAllocator
@@ -30,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """The error in one line, for who wonders whether it was memory indeed."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    return f"{type(error).__name__}: {one_line(error)}".rstrip(": ")
 
 
 def release_cached_memory() -> None:

@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 
 PATTERN = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 EXAMPLE = "package.module:name, such as my_code.networks:small_net"
@@ -45,8 +45,8 @@ def load_object(text: str, what: str) -> Any:
             ) from error
         raise UserError(
             f"{what}: {text!r}: the module {module_name} cannot be imported "
-            f"({type(error).__name__}: {_one_line(error)}){place_of(error)}. Correct it; "
-            f"`python -c 'import {module_name}'` shows the whole traceback."
+            f"({type(error).__name__}: {one_line(error) or 'no message'}){place_of(error)}. "
+            f"Correct it; `python -c 'import {module_name}'` shows the whole traceback."
         ) from error
     for depth, name in enumerate(path.split(".")):
         try:
@@ -67,10 +67,6 @@ def _is_missing(error: Exception, module_name: str) -> bool:
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return False
     return module_name == error.name or module_name.startswith(f"{error.name}.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or "no message"
 
 
 def place_of(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The predicted hours of a plan: by stage and number of workers, and with each policy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 
@@ -38,14 +38,15 @@ def render_times(
         profile = replace(profile, overlap=0.0)
     clusters = [_cluster(recipe, count) for count in dict.fromkeys(workers)]
     by_workers = [stage_times(plan, profile, cluster) for cluster in clusters]
+    policies = policy_plans(recipe.schedule, plan.train_samples)
     return Group(
         Text(""),
         _stage_table(recipe, profile, clusters, by_workers, price),
-        _policy_table(recipe, plan, profile, clusters, price),
+        _policy_table(recipe, policies, profile, clusters, price),
         *(Text(note) for note in _notes(recipe, profile, by_workers)),
         *(
             Text(f"No plan with policy {policy}: {reason}")
-            for policy, reason in policy_plans(recipe.schedule, plan.train_samples).items()
+            for policy, reason in policies.items()
             if isinstance(reason, str)
         ),
     )
@@ -115,7 +116,7 @@ def _stage_cells(time: StageTime) -> list[str]:
 
 def _policy_table(
     recipe: Recipe,
-    plan: Plan,
+    plans: Mapping[str, Plan | str],
     profile: SpeedProfile,
     clusters: Sequence[Cluster],
     price: float | None,
@@ -124,7 +125,6 @@ def _policy_table(
     headings = ["workers", "policy", "largest batch", "updates", "hours", "saved"]
     for heading in headings + (["cost"] if price else []):
         table.add_column(heading, justify="right")
-    plans = policy_plans(recipe.schedule, plan.train_samples)
     for cluster in clusters:
         base: float | None = None
         for policy, made in plans.items():

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hvd_lbt.data.pixels import Encoded, encoded, of_image, of_pixels
-from hvd_lbt.errors import ReadError, SampleError, UserError, shortened
+from hvd_lbt.errors import ReadError, SampleError, UserError, one_line, shortened
 from hvd_lbt.own import load_object
 from hvd_lbt.terminal import printable
 
@@ -280,5 +280,5 @@ def _told(error: Exception) -> str:
         if file != __file__:
             line = f", {file}:{place.tb_lineno}"
         place = place.tb_next
-    message = " ".join(str(error).split())[:300] or "no message"
+    message = one_line(error) or "no message"
     return printable(f"{type(error).__name__}: {message}{line}")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 from hvd_lbt.log.run_ids import RunIds
 from hvd_lbt.log.tensorboard import EventFile
 from hvd_lbt.own import is_object_name, load_object
@@ -196,7 +196,7 @@ class Sender:
         except BaseException as error:  # whatever a logger does, the training goes on
             self._failures += 1
             if not self._failing:
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error)
                 self._say(
                     f"{self._name} failed ({type(error).__name__}: {reason}). Training continues; "
                     "what it did not take is kept and tried again."
@@ -255,7 +255,7 @@ def _make(name: str, run: RunInfo) -> Logger:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(
             f"run.loggers: {name} cannot be made ({type(error).__name__}: {reason}). It is called "
             "with one argument, the RunInfo of hvd_lbt.log.loggers."

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 from hvd_lbt.schedule.plan import Plan
 from hvd_lbt.world import World
 
@@ -126,7 +126,7 @@ class Profile:
             self._say(f"Wrote the profile of updates {self._first:,} to {self._last:,} to {file}")
 
     def _failed(self, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         print(
             f"{self._folder}: no profile can be written ({reason}). Training continues.", flush=True
         )

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from hvd_lbt.errors import one_line
 from hvd_lbt.whole_file import write_whole
 
 FILE = "loggers.json"
@@ -41,7 +42,7 @@ class RunIds:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            found, reason = None, " ".join(str(error).split())[:200]
+            found, reason = None, one_line(error, 200)
         else:
             reason = "it is no list of names and ids"
         if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 from hvd_lbt.own import load_object, place_of
 from hvd_lbt.recipe import ModelRecipe
 
@@ -122,7 +122,7 @@ def _called(what: str, make: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    message = " ".join(str(error).split())[:400]
+    message = one_line(error, 400)
     return f"{type(error).__name__}: {message}{place_of(error)}"
 
 
@@ -141,7 +141,7 @@ def _library(name: str) -> ModuleType:
     except RuntimeError as error:
         raise UserError(
             f"model.name: {name}:… needs {name}, which does not go with this torch "
-            f"({torch.__version__}): {' '.join(str(error).split())[:200]}. Install the builds of "
+            f"({torch.__version__}): {one_line(error, 200)}. Install the builds of "
             f"torch and torchvision that belong together: pip install 'hvd_lbt[{name}]'."
         ) from error
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def check_image_sizes(model: nn.Module, sizes: Iterable[int]) -> None:
             try:
                 model(like.new_zeros(1, 3, size, size))
             except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error, 200)
                 raise UserError(
                     f"image_size: the network does not take images of {size} pixels ({reason}). "
                     f"The plan has images of {', '.join(map(str, wanted))} pixels; leave out those "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 
 # Where training programs keep the weights within their checkpoints.
 NESTS = ("state_dict", "model", "model_state_dict")
@@ -156,7 +156,7 @@ def _safetensors(file: Path) -> Any:
     except Exception as error:  # of the library: its own types, by what is wrong with the file
         raise UserError(
             f"model.pretrained: {file} cannot be read as safetensors "
-            f"({' '.join(str(error).split())[:200]}). Download it again."
+            f"({one_line(error, 200)}). Download it again."
         ) from error
 
 

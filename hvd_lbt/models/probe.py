@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, one_line
 from hvd_lbt.models.forward_samples import ForwardSamples, random_states, samples_of
 from hvd_lbt.models.ghost_norm import GhostNorm
 from hvd_lbt.models.random_masks import ByGhostBatch, random_layers
@@ -129,7 +129,7 @@ class _Probe:
         except Exception as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error):
                 raise
-            message = " ".join(str(error).split())[:300]
+            message = one_line(error)
             raise UserError(
                 f"model.name: {self.what}: its forward of images {tuple(images.shape)} fails "
                 f"({type(error).__name__}: {message}{place_of(error)}). data.image_size is "
