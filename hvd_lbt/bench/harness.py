@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hvd_lbt.arguments import count
-from hvd_lbt.errors import UserError
+from hvd_lbt.errors import UserError, shortened
 from hvd_lbt.log.provenance import revision, versions
 from hvd_lbt.recipe import ModelRecipe
 from hvd_lbt.rounding import five_digits
@@ -45,8 +45,9 @@ def model_recipe(name: str) -> ModelRecipe:
     try:
         return ModelRecipe(name=name, num_classes=1000, stem="imagenet")
     except ValidationError as error:
-        reason = error.errors()[0]["ctx"]["error"]
-        raise UserError(f"--model {name}: {reason}.") from error
+        details = error.errors()[0]
+        reason = details.get("ctx", {}).get("error") or details["msg"]  # of its own check, or not
+        raise UserError(f"--model {shortened(name)}: {reason}.") from error
 
 
 def device_of(name: str) -> torch.device:
