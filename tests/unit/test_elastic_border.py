@@ -5,6 +5,7 @@ tests.
 """
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -301,6 +302,16 @@ def test_bytes_that_drip_in_are_not_waited_for_for_ever(border, monkeypatch):
     assert border.link().ask({"generation": 0})["rank"] == 0
 
 
+def forward_bytes(source: socket.socket, target: socket.socket) -> None:
+    """Until one of the two is closed: then the other is closed too."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    for end in source, target:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
 def test_a_worker_waits_for_a_driver_whose_port_is_flooded(monkeypatch):
     """Connections that are closed before an answer are no sign that the driver has ended."""
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 30.0)
@@ -314,9 +325,12 @@ def test_a_worker_waits_for_a_driver_whose_port_is_flooded(monkeypatch):
                     connection.close()
                     continue
                 with connection, socket.create_connection(("127.0.0.1", border.server.port)) as to:
-                    to.sendall(connection.recv(65536))
-                    while data := to.recv(65536):
-                        connection.sendall(data)
+                    ways = (connection, to), (to, connection)  # head and body may come apart
+                    copies = [threading.Thread(target=forward_bytes, args=way) for way in ways]
+                    for copy in copies:
+                        copy.start()
+                    for copy in copies:
+                        copy.join()
 
         threading.Thread(target=forward, daemon=True).start()
         link = Link(f"127.0.0.1:{front.getsockname()[1]}", WORKER, key_of(border.secret, WORKER))
