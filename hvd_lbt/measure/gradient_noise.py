@@ -42,6 +42,7 @@ class GradientNoise:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._sums = self._parameters[0].new_zeros(2, dtype=torch.float32)  # S and K
         self._averages = self._sums.new_zeros(3)  # of tr(Σ), of |G|², and of 1 since the start
+        self._measurements = self._sums.new_zeros((), dtype=torch.int64)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._norms: list[Tensor] = []  # of this micro-batch's gradient, parameter by parameter
         self._global_batch = 0
@@ -90,8 +91,10 @@ class GradientNoise:
         variance = self._global_batch * (among - squared) / (parts - 1)
         found = torch.stack([variance, squared - variance / self._global_batch, parts / parts])
         moved = MEMORY * self._averages + (1 - MEMORY) * found
-        kept = torch.where(found.isfinite().all(), moved, self._averages)
+        finite = found.isfinite().all()
+        kept = torch.where(finite, moved, self._averages)
         self._averages.copy_(torch.where(parts > 1, kept, 0.0))
+        self._measurements += finite & (parts > 1)
 
     def discard(self) -> None:
         """Forget what was begun of an update that was dropped."""
@@ -105,13 +108,21 @@ class GradientNoise:
         """fp32 (2,) on the device: tr(Σ) per sample, and |G|²; NaN before the first measurement."""
         return self._averages[:2] / self._averages[2]
 
+    @property
+    def measurements(self) -> Tensor:
+        """int64 () on the device: measurements taken since the start of the run, before a resume
+        too; the same on all ranks.
+        """
+        return self._measurements
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages: a resumed run continues them, on any number of ranks."""
-        return {"averages": self._averages.cpu()}
+        """The averages and the count: a resumed run continues them, on any number of ranks."""
+        return {"averages": self._averages.cpu(), "measurements": self._measurements.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with the averages of `state_dict()`."""
+        """Continue with what `state_dict()` gave; an older state has no count: from 0."""
         self._averages.copy_(state["averages"])
+        self._measurements.copy_(state.get("measurements", torch.zeros_like(self._measurements)))
 
 
 def simple_noise_scale(variance: float, squared: float) -> float | None:

@@ -136,6 +136,25 @@ def test_a_resumed_run_goes_on_with_the_averages():
     measured.begin_again()
     measured.noise.load_state_dict(state)
     torch.testing.assert_close(measured.noise.averages, before, rtol=0, atol=0)
+    assert int(measured.noise.measurements) == 5
+
+
+def test_a_state_from_before_measurements_were_counted_loads():
+    measured = Measured()
+    measured.update([4, 4])
+    state = measured.noise.state_dict()
+    del state["measurements"]
+    measured.noise.load_state_dict(state)
+    assert int(measured.noise.measurements) == 0
+
+
+def test_only_measurements_are_counted():
+    measured = Measured("fp16", every=2)
+    counts = []
+    for factor in (1.0, 1.0, 1e6, 1.0, float("nan"), 1.0, 1.0):  # 1e6: sent again in fp32
+        measured.update([4, 4], factor=factor)
+        counts.append(int(measured.noise.measurements))
+    assert counts == [1, 1, 1, 1, 1, 1, 2]
 
 
 def test_no_noise_scale_while_the_gradient_drowns():
