@@ -6,6 +6,7 @@ from itertools import count, pairwise
 from math import acos, cos, pi, prod
 from typing import Literal
 
+from hvd_lbt.schedule.growth import Growth
 from hvd_lbt.schedule.settings import Schedule
 
 Shape = Literal["constant", "warm_up", "cosine", "polynomial"]
@@ -70,6 +71,19 @@ def _with_image_sizes(spans: tuple[Phase, ...], schedule: Schedule) -> Iterator[
         yield replace(span, epoch=epoch, image_size=image_size)
 
 
+def grown(span: Phase, schedule: Schedule, growth: Growth) -> Phase:
+    """The phase with a batch that was decided while training, and the lr that keeps its g.
+
+    Where that lr would be above schedule.max_lr the batch is the largest multiple that keeps to it,
+    but at least the phase's own.
+    """
+    batch, multiple = growth.global_batch, growth.multiple
+    most = schedule.largest_lr * (1 + 1e-9) * span.global_batch / span.lr
+    if batch > most:
+        batch = max(int(most) // multiple * multiple, span.global_batch)
+    return replace(span, global_batch=batch, lr=span.lr * (batch / span.global_batch))
+
+
 def lr_share(schedule: Schedule, shape: Shape, epoch: float) -> float:
     """The lr of an update that begins at `epoch`, as a share of its phase's lr.
 
@@ -96,11 +110,11 @@ def _milestones(schedule: Schedule) -> Iterator[Phase]:
 
     At milestone k the noise scale g ∝ ε/(B(1−m)) falls by its factor, and the momentum may change
     from m' to m; so ε/B falls by f_k = factor·(1−m')/(1−m). After k milestones the batch has been
-    asked to grow by P, the product of those f that the policy gives to the batch: none (decay_lr),
-    the first `batch_milestones` (hybrid), all (grow_batch). The batch is B = P·B_0, rounded to a
-    multiple and at most max_global_batch, and the learning rate does the rest, so that g is met
-    exactly: ε = ε_0·(B/B_0)/(f_1·…·f_k). B_0 is the batch of the first noise scale, not rounded,
-    and all factors are cumulative, so rounding does not add up.
+    asked to grow by P, the product of those f that the policy gives to the batch: none (decay_lr,
+    measured), the first `batch_milestones` (hybrid), all (grow_batch). The batch is B = P·B_0,
+    rounded to a multiple and at most max_global_batch, and the learning rate does the rest, so that
+    g is met exactly: ε = ε_0·(B/B_0)/(f_1·…·f_k). B_0 is the batch of the first noise scale, not
+    rounded, and all factors are cumulative, so rounding does not add up.
     """
     milestones = schedule.falling_milestones
     momenta = [schedule.first_momentum]
@@ -155,7 +169,7 @@ def _curve(schedule: Schedule) -> Iterator[Phase]:
                 momentum=schedule.first_momentum,
                 shape="cosine" if schedule.cosine else "polynomial",
             )
-        if schedule.policy == "decay_lr" or wanted == largest:
+        if schedule.policy != "grow_batch" or wanted == largest:
             return
         before = max(before, global_batch)
 

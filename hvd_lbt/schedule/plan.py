@@ -4,14 +4,15 @@ The one place where epochs become samples and samples become updates.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.schedule.growth import Growth
 from hvd_lbt.schedule.layout import Layout, make_layout
 from hvd_lbt.schedule.noise import exact_noise_scale, noise_scale
-from hvd_lbt.schedule.phases import Phase, Shape, lr_share, phases
+from hvd_lbt.schedule.phases import Phase, Shape, grown, lr_share, phases
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.world import World
 
@@ -125,8 +126,10 @@ class Plan:
         )
 
 
-def make_plan(schedule: Schedule, train_samples: int) -> Plan:
+def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] = ()) -> Plan:
     """The plan of a schedule for N = `train_samples`.
+
+    growth: with policy measured what was decided so far; the rest of the plan has the last batch.
 
     A stage runs as many full updates as end at or before its milestone, in samples seen from the
     start of the run. The samples left over, fewer than its batch, go to the next stage; so no
@@ -142,11 +145,11 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
             f"schedule.epochs: {schedule.epochs:g} epochs of {train_samples} training samples are "
             "no sample at all; at least one is needed."
         )
-    spans = phases(schedule)
-    ends = [round(span.epoch * train_samples) for span in spans[1:]] + [total]
+    spans = _spans(schedule, train_samples, growth)
+    ends = [begin for begin, _ in spans[1:]] + [total]
     stages: list[Stage] = []
     seen = done = 0
-    for span, end in zip(spans, ends, strict=True):
+    for (_, span), end in zip(spans, ends, strict=True):
         updates, left = divmod(end - seen, span.global_batch)
         samples = end - seen - left
         if end == total and left:
@@ -169,6 +172,21 @@ def make_plan(schedule: Schedule, train_samples: int) -> Plan:
             "or a larger schedule.global_batch."
         )
     return plan
+
+
+def _spans(
+    schedule: Schedule, train_samples: int, growth: Sequence[Growth]
+) -> list[tuple[int, Phase]]:
+    """The phases, each with the sample from which it holds, cut where the batch was changed."""
+    begun = [(round(span.epoch * train_samples), span) for span in phases(schedule)]
+    if not growth:
+        return begun
+    cut = []
+    for sample in sorted({begin for begin, _ in begun} | {one.samples_seen for one in growth}):
+        _, span = [one for one in begun if one[0] <= sample][-1]
+        decided = [one for one in growth if one.samples_seen <= sample]
+        cut.append((sample, grown(span, schedule, decided[-1]) if decided else span))
+    return cut
 
 
 def _stage(

@@ -167,7 +167,10 @@ class ScaledStart(_Checked):
 class Schedule(_Checked):
     """When the noise scale falls, and whether the learning rate or the batch changes for it."""
 
-    policy: Literal["decay_lr", "hybrid", "grow_batch"]
+    policy: Literal["decay_lr", "hybrid", "grow_batch", "measured"]
+    """Where the noise scale falls: the lr falls, the batch grows for the first milestones, or for
+    all; measured: the batch grows as the measured gradient noise allows, and the lr does the rest
+    (`hvd_lbt.schedule.growth`)."""
     epochs: Positive
     lr: LearningRate
     momentum: Momentum
@@ -184,6 +187,11 @@ class Schedule(_Checked):
     """Each global batch is the nearest multiple of this; the lr makes up for the rounding."""
     batch_milestones: Count | None = None
     """hybrid only: so many first milestones raise the batch [1], the rest lower the lr."""
+    max_lr: LearningRate | None = None
+    """measured only: the batch grows no further where the lr would be above this [the first lr]."""
+    overhead: Positive | None = None
+    """measured only: what an update takes beside its samples, as the number of samples that take as
+    long on all workers; None: from the times of the run's own updates."""
     momentum_change: Literal["keep", "rescale"] = "keep"
     """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
     momentum_start: Literal["zero", "corrected"] = "zero"
@@ -230,6 +238,7 @@ class Schedule(_Checked):
             "decay_lr": 0,
             "hybrid": self.batch_milestones or 1,
             "grow_batch": len(self.falling_milestones),
+            "measured": 0,  # by what is measured instead
         }[self.policy]
 
     @property
@@ -241,6 +250,11 @@ class Schedule(_Checked):
     def curve(self) -> Cosine | Polynomial | None:
         """The curve that the noise scale falls along, if it does not fall at milestones."""
         return self.cosine or self.polynomial
+
+    @property
+    def largest_lr(self) -> float:
+        """The lr up to which a measured batch grows."""
+        return self.first_lr if self.max_lr is None else self.max_lr
 
     def rounded(self, global_batch: float) -> int:
         """The nearest multiple of batch_multiple, at least one, at most max_global_batch."""
@@ -255,6 +269,7 @@ class Schedule(_Checked):
         yield from self._curve_conflicts()
         yield from self._momentum_conflicts()
         yield from self._hybrid_conflicts()
+        yield from self._measured_conflicts()
 
     def _milestone_conflicts(self) -> Iterator[str]:
         epochs = [milestone.epoch for milestone in self.milestones]
@@ -349,10 +364,10 @@ class Schedule(_Checked):
                 f"way to schedule.max_global_batch = {self.max_global_batch}; it must be at least "
                 f"{rise ** (1 / MAX_STAGES):.6g}."
             )
-        if self.policy == "decay_lr" and curve.batch_factor is not None:
+        if self.policy != "grow_batch" and curve.batch_factor is not None:
             yield (
                 f".{name}.batch_factor: {curve.batch_factor:g} has no effect with policy "
-                "decay_lr; leave it out, or set schedule.policy to grow_batch."
+                f"{self.policy}; leave it out, or set schedule.policy to grow_batch."
             )
 
     def _momentum_conflicts(self) -> Iterator[str]:
@@ -366,6 +381,20 @@ class Schedule(_Checked):
             yield (
                 ".momentum_change: 'rescale' has no effect where momentum never changes; leave it "
                 "out, or give a milestone a momentum."
+            )
+
+    def _measured_conflicts(self) -> Iterator[str]:
+        if self.policy != "measured":
+            for name in ("max_lr", "overhead"):
+                if getattr(self, name) is not None:
+                    yield (
+                        f".{name}: {getattr(self, name):g} has no effect with policy "
+                        f"{self.policy}; leave it out, or set schedule.policy to measured."
+                    )
+        elif self.max_lr is not None and self.max_lr < self.first_lr:
+            yield (
+                f".max_lr: {self.max_lr:g} is less than the lr that the run starts with, "
+                f"{self.first_lr:g}; it must not be."
             )
 
     def _hybrid_conflicts(self) -> Iterator[str]:

@@ -86,8 +86,8 @@ def test_shipped_recipes_load_and_come_back_from_plain_data(name):
         (
             "schedule.policy=grow",
             (
-                "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid' or "
-                "'grow_batch'."
+                "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid', "
+                "'grow_batch' or 'measured'."
             ),
         ),
         ("schedule=3", "schedule: 3 is no section; allowed keys: policy, epochs, "),

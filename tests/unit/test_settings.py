@@ -78,8 +78,8 @@ def test_settings_are_frozen_values():
         (
             {"policy": "grow"},
             (
-                "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid' or "
-                "'grow_batch'."
+                "schedule.policy: 'grow' is not allowed; it must be 'decay_lr', 'hybrid', "
+                "'grow_batch' or 'measured'."
             ),
         ),
         ({"milestones": FALL}, "schedule.milestones: Milestone(epoch=4.0, factor=5.0"),
