@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.growing import bounds_of
 from hvd_lbt.memory import Memory, memory_of
 from hvd_lbt.micro_batch import MicroBatchSizes
 from hvd_lbt.probe import Demand, Found, Probe, Trial, agreed, from_plain, plain, words
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.layout import largest_share
-from hvd_lbt.schedule.plan import Plan
+from hvd_lbt.schedule.plan import Plan, Stage
 from hvd_lbt.training import Training
 from hvd_lbt.world import World
 
@@ -75,7 +76,7 @@ def starting_sizes(
         Demand(
             image_size=stage.image_size or recipe.data.image_size,
             ghost_batch=ghost_batch,
-            most=largest_share(stage.global_batch, ghost_batch, world.size),
+            most=largest_share(_largest_batch(recipe, plan, stage), ghost_batch, world.size),
         )
         for stage, ghost_batch in zip(plan.stages, ghosts, strict=True)
     ]
@@ -85,6 +86,16 @@ def starting_sizes(
     )
     lines.append(f"micro-batch: auto is {_shown(sizes)}, {words(found)}: {' and '.join(hardware)}.")
     return Start(sizes=sizes, lines=tuple(lines), trials=found.trials)
+
+
+def _largest_batch(recipe: Recipe, plan: Plan, stage: Stage) -> int:
+    """The largest update of a stage: with policy measured what the bounds let it grow to."""
+    schedule = recipe.schedule
+    if schedule.policy != "measured":
+        return stage.global_batch
+    lr = min(stage.lr, stage.last_lr)
+    bounds = bounds_of(schedule, plan.train_samples, stage.global_batch, lr)
+    return max(stage.global_batch, int(min(bounds.data, bounds.max_lr, bounds.max_global_batch)))
 
 
 def find(

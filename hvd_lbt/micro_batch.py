@@ -5,13 +5,14 @@ Ghost batches make an update independent of the micro-batch, so it may be smalle
 on.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from hvd_lbt.sampler import MicroBatches
 from hvd_lbt.schedule.layout import largest_share
-from hvd_lbt.schedule.plan import Update, micro_batch_ranges
+from hvd_lbt.schedule.plan import Plan, Update, micro_batch_ranges
 from hvd_lbt.world import World
 
 Batch = TypeVar("Batch")
@@ -51,6 +52,12 @@ class MicroBatchSizes:
         )
         return replace(self, stages=stages)
 
+    def replanned(self, before: Plan, after: Plan) -> "MicroBatchSizes":
+        """Of the stages of `after`: what the stage of `before` at the same sample has."""
+        begins = [stage.first_sample for stage in before.stages]
+        places = [bisect_right(begins, stage.first_sample) - 1 for stage in after.stages]
+        return replace(self, stages=tuple(self.stages[max(0, place)] for place in places))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return {
@@ -86,18 +93,33 @@ class UpdateStream(Generic[Batch]):
         sizes: MicroBatchSizes,
         ghost_batches: Sequence[int],
     ):
-        self._updates, self._make, self._world = updates, make, world
+        self._updates, self._make, self._world = list(updates), make, world
         self.sizes, self.ghost_batches = sizes, ghost_batches
         self._place = 0
         self._source: Iterator[Batch] | None = None
         self._batches: MicroBatches[Batch] | None = None
 
     def __iter__(self) -> Iterator[tuple[Update, MicroBatches[Batch]]]:
-        for place, update in enumerate(self._updates):
-            self._place = place
+        self._place = 0
+        while self._place < len(self._updates):
+            update = self._updates[self._place]
             yield update, self._next()
             assert self._batches is not None
             self._batches.check_all_taken(update)
+            self._place += 1
+
+    def replan(
+        self, updates: Sequence[Update], sizes: MicroBatchSizes, ghost_batches: Sequence[int]
+    ) -> None:
+        """Go on with other updates after the present one, whose micro-batches are all taken.
+
+        The stages that `sizes` and `ghost_batches` are of are those of the new plan.
+        """
+        assert self._batches is not None
+        self._batches.check_all_taken(self._updates[self._place])
+        self.close()
+        self.sizes, self.ghost_batches = sizes, ghost_batches
+        self._updates[self._place + 1 :] = updates
 
     def again(self, sizes: MicroBatchSizes) -> MicroBatches[Batch]:
         """The micro-batches of the present update once more, of other sizes; so are later ones.

@@ -365,6 +365,9 @@ class RunRecipe(_Section):
     """
     profile_rank: Annotated[int, Field(ge=0)] = 0
     """The rank that torch's profile is of."""
+    speed: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """With policy measured: the speed profile, a shipped one's name or a file, whose fixed seconds
+    of an update and seconds a sample count instead of those of this run."""
 
     @field_validator("loggers")
     @classmethod
@@ -456,6 +459,26 @@ class Recipe(_Section):
                 f"layout.micro_batch: {micro_batch} cuts the largest global batch, "
                 f"{largest:,}, into more than {MAX_MICRO_BATCHES:,} micro-batches; it must be at "
                 f"least {-(-largest // MAX_MICRO_BATCHES)}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_the_batch_grows_by(self) -> "Recipe":
+        if self.schedule.policy != "measured":
+            if self.run.speed is not None:
+                raise ValueError(
+                    f"run.speed: {self.run.speed} has no effect with policy "
+                    f"{self.schedule.policy}; leave it out, or set schedule.policy to measured."
+                )
+        elif not self.run.noise_every:
+            raise ValueError(
+                "run.noise_every: 0 measures no gradient noise, by which schedule.policy measured "
+                "grows the batch; it must be at least 1."
+            )
+        elif self.run.speed is not None and self.schedule.overhead is not None:
+            raise ValueError(
+                f"run.speed: {self.run.speed} and schedule.overhead = {self.schedule.overhead:g} "
+                "both say what an update costs beside its samples; leave one of them out."
             )
         return self
 

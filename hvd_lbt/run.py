@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 from hvd_lbt import comm
+from hvd_lbt.auto_micro_batch import Start, ghost_batches
 from hvd_lbt.checkpoint import Checkpoints
 from hvd_lbt.data.identity import Identity
 from hvd_lbt.data.samples import Batch, Images
@@ -13,13 +14,18 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.evaluate import evaluate
+from hvd_lbt.growing import Costs, Growing, Noise, profile_costs
 from hvd_lbt.log.profile import Profile
 from hvd_lbt.log.run_log import RunLog
 from hvd_lbt.micro_batch import UpdateStream
 from hvd_lbt.models import allow_graphs
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.sampler import MicroBatches
-from hvd_lbt.schedule.plan import Plan, Update
+from hvd_lbt.schedule.growth import MEASUREMENTS
+from hvd_lbt.schedule.plan import Plan, Stage, Update
+from hvd_lbt.schedule.plan_time import Cluster
+from hvd_lbt.schedule.speed import SpeedProfile
+from hvd_lbt.speed_profile import load_profile
 from hvd_lbt.training import Training
 from hvd_lbt.world import World
 
@@ -29,7 +35,7 @@ class Run:
     """What one training consists of, and what is done between its updates."""
 
     recipe: Recipe
-    plan: Plan
+    growing: Growing
     world: World
     training: Training
     classes: Sequence[str]
@@ -39,6 +45,29 @@ class Run:
     log: RunLog
     stream: UpdateStream[Batch]
     profile: Profile
+
+    @property
+    def plan(self) -> Plan:
+        """As far as it is decided."""
+        return self.growing.plan
+
+    @cached_property
+    def speed(self) -> SpeedProfile | None:
+        """For decisions about the batch, instead of the run's own times."""
+        name = self.recipe.run.speed
+        return load_profile(name) if name else None
+
+    def begin(self, start: Start, staged: str, hosts: Sequence[str]) -> None:
+        """Show and note what the run begins with; staged: about its data; hosts: of all ranks.
+
+        Raises UserError if run.speed does not say what the updates of some stage take.
+        """
+        for stage in self.plan.stages if self.speed else ():
+            self._predicted_costs(stage)
+        if staged:
+            self.log.say(staged)
+        self.log.begin(self.recipe, len(self.test_store), start.to_dict(), start.lines, hosts)
+        self.log.write_decisions(self.growing)
 
     def update(self, update: Update, batches: MicroBatches[Batch]) -> None:
         """Do one update, again in smaller micro-batches if memory runs out, and log it."""
@@ -97,6 +126,61 @@ class Run:
             f"{what}, or workers with more memory.{saved}"
         ) from error
 
+    def grow(self, update: Update) -> None:
+        """With policy measured: decide the batch where that is due, and go on with it."""
+        if not self.growing.is_due(update):
+            return
+        decision = self._decide(update) if self.world.rank == 0 else None
+        decision = comm.broadcast_object(decision)
+        if decision is None:
+            return
+        before = self.plan
+        changes = self.growing.take(decision)
+        self.log.decision(decision, self.growing)
+        if not changes:
+            return
+        plan, stream = self.plan, self.stream
+        sizes = stream.sizes.replanned(before, plan)
+        following = [plan.at(index) for index in range(update.index + 1, plan.updates)]
+        stream.replan(following, sizes, ghost_batches(self.recipe, plan))
+        if self.recipe.run.compile:
+            allow_graphs(len(stream.shapes(sizes)))
+        self.log.replan(plan, sizes.stages)
+
+    def _decide(self, update: Update) -> dict[str, Any] | None:
+        """Rank 0's decision: None while too little has been measured."""
+        noise = self.training.noise
+        variance, squared = noise.averages.tolist()
+        measured = Noise(variance=variance, squared=squared, measurements=int(noise.measurements))
+        costs = None if self.recipe.schedule.overhead else self._costs(update)
+        return self.growing.decide(update, measured, costs)
+
+    def _costs(self, update: Update) -> Costs | None:
+        """a and b of updates as they are now, by run.speed or as this run's updates lasted."""
+        stage = self.plan.stages[update.stage]
+        if self.speed is not None:
+            return self._predicted_costs(stage)
+        known = self.log.costs(update)
+        return Costs(fixed=known[0], a_sample=known[1]) if known else None
+
+    def _predicted_costs(self, stage: Stage) -> Costs:
+        """By run.speed. Raises UserError where the profile does not say."""
+        assert self.speed is not None
+        layout = self.recipe.layout
+        cluster = Cluster(
+            workers=self.world.size,
+            micro_batch=self.stream.sizes.stages[stage.index],
+            ghost_batch=layout.ghost_batch,
+            image_size=self.recipe.data.image_size,
+        )
+        return profile_costs(
+            self.speed,
+            cluster,
+            stage.global_batch,
+            stage.ghost_batch or layout.ghost_batch,
+            stage.image_size or cluster.image_size,
+        )
+
     def evaluate(self, update: Update) -> bool:
         """Measure and log the test accuracy where it is due; whether it is the best so far."""
         if not evaluation_is_due(update, self.plan, self.recipe.run.eval_every):
@@ -129,6 +213,7 @@ class Run:
             "data": self.splits,
             "classes": list(self.classes),
             "micro_batch": self.stream.sizes.to_dict(),
+            "growing": self.growing.state_dict(),
             **self.training.state_dict(),
         }
 
@@ -153,6 +238,13 @@ class Run:
         """Wait for the last checkpoint and close the log; reason: finished or stopped."""
         self.profile.close()
         self.checkpoints.wait()
+        self.log.write_decisions(self.growing, reason)
+        if self.growing.undecided:
+            self.log.say(
+                f"schedule.policy measured decided nothing: {MEASUREMENTS} measurements of the "
+                "gradient's noise are needed, and times of some updates. A smaller run.noise_every "
+                f"({self.recipe.run.noise_every}) measures more often."
+            )
         if reason == "stopped":
             self.log.say(
                 f"Stopped after {updates_done} of {self.plan.updates} updates and saved: use "

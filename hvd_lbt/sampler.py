@@ -140,6 +140,12 @@ class PlanSampler(BatchSampler):
                 f"PlanSampler: the data has {len(data):,} samples, the plan was made for "
                 f"{plan.train_samples:,}. Make it by make_plan(schedule, len(data))."
             )
+        if plan.schedule.policy == "measured" and not plan.growth:
+            raise UserError(
+                "PlanSampler: schedule.policy is measured, which decides the batches while "
+                "`hvd_lbt train` trains. Take another policy, or make the plan with what such a "
+                "run decided: make_plan(schedule, len(data), growth)."
+            )
         for name, value, allowed in (
             ("micro_batch", micro_batch, micro_batch >= 1),
             ("ghost_batch", ghost_batch, ghost_batch >= 1),

@@ -8,7 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hvd_lbt.growing import widest_plan
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.growth import PART_OF_DATA
 from hvd_lbt.schedule.layout import (
     count_ghost_batches,
     largest_share,
@@ -57,9 +59,11 @@ def render_plan(
             recipe, stage, target or workers, micro_batches
         ).text
         rows.append(cells | ({"workers": f"{target:,}"} if target else {}))
+    policy: str = recipe.schedule.policy
+    if policy == "measured":
+        policy += ", as far as it is decided" if plan.growth else ", if the batch never grows"
     table = Table(
-        title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, "
-        f"{recipe.schedule.policy}"
+        title=f"{recipe.name}: {plan.updates:,} updates on {plan.train_samples:,} samples, {policy}"
     )
     for heading in rows[0]:
         table.add_column(heading, justify="right")
@@ -107,10 +111,24 @@ def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:
         notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
+    if recipe.schedule.policy == "measured":
+        notes.append(_widest_note(recipe, plan.train_samples))
     missing = len(phases(recipe.schedule)) - len(plan.stages)
-    if missing:
+    if missing > 0:
         notes.append(f"Warning: {missing} stages are shorter than one update and left out.")
     return notes
+
+
+def _widest_note(recipe: Recipe, train_samples: int) -> str:
+    schedule = recipe.schedule
+    widest = widest_plan(schedule, train_samples, recipe.layout.ghost_batch, recipe.run.noise_every)
+    largest = max(stage.global_batch for stage in widest.stages)
+    return (
+        "The batch grows as far as the measured gradient noise and an update's overhead make it "
+        f"pay; its bounds (N/{PART_OF_DATA} = {train_samples // PART_OF_DATA:,}, an lr of "
+        f"{schedule.largest_lr:g}, {schedule.max_global_batch:,}) allow up to {largest:,} and as "
+        f"few as {widest.updates:,} updates."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

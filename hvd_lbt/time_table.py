@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hvd_lbt.growing import widest_plan
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan
@@ -39,6 +40,11 @@ def render_times(
     clusters = [_cluster(recipe, count) for count in dict.fromkeys(workers)]
     by_workers = [stage_times(plan, profile, cluster) for cluster in clusters]
     policies = policy_plans(recipe.schedule, plan.train_samples)
+    if recipe.schedule.policy == "measured":
+        widest = widest_plan(
+            recipe.schedule, plan.train_samples, recipe.layout.ghost_batch, recipe.run.noise_every
+        )
+        policies |= {"measured, never growing": plan, "measured, to its bounds": widest}
     return Group(
         Text(""),
         _stage_table(recipe, profile, clusters, by_workers, price),
@@ -146,7 +152,7 @@ def _policy_table(
                 _hours(total),
                 saved,
                 *_cost(times, price),
-                end_section=policy == "grow_batch",
+                end_section=policy == [*plans][-1],
             )
     return table
 

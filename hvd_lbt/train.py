@@ -11,7 +11,7 @@ from hvd_lbt import comm
 from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batches_of
-from hvd_lbt.data.identity import same_on_all_ranks
+from hvd_lbt.data.identity import Identity, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.stage import stage_data
@@ -19,6 +19,7 @@ from hvd_lbt.data.store import open_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.evaluate import local_device
+from hvd_lbt.growing import open_growing
 from hvd_lbt.log.loggers import check_loggers
 from hvd_lbt.log.profile import Profile, allow_timeline
 from hvd_lbt.log.run_log import RunLog
@@ -27,7 +28,7 @@ from hvd_lbt.models import allow_graphs, check_image_sizes, check_one_sample
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.run import Run
 from hvd_lbt.run_lock import RunLock, own_run
-from hvd_lbt.schedule.plan import Plan, Update, has_single_samples, make_plan
+from hvd_lbt.schedule.plan import Plan, Update, has_single_samples
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.training import Training, make_training
 from hvd_lbt.world import World
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the run in --out where it stopped"
     )
     parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="RUN",
+        help="with schedule.policy measured: take the batches that this run decided on",
+    )
+    parser.add_argument(
         "--take-over",
         action="store_true",
         help="take --out from an owner that cannot be proven gone, because you know that it is",
@@ -58,12 +65,19 @@ def main(args: argparse.Namespace) -> int:
     allow_timeline(recipe.run.profile)
     out = args.out or Path("runs", recipe.name)
     if elastic.is_launched():
-        return elastic.run(
-            recipe, out, partial(train, recipe, data=args.data, out=out), args.resume
-        )
+        again = partial(train, recipe, data=args.data, out=out, replay=args.replay)
+        return elastic.run(recipe, out, again, args.resume)
     world = comm.init()
     with own_run(out, world, take_over=args.take_over) as owner:
-        code = train(recipe, data=args.data, out=out, resume=args.resume, world=world, owner=owner)
+        code = train(
+            recipe,
+            data=args.data,
+            out=out,
+            resume=args.resume,
+            world=world,
+            owner=owner,
+            replay=args.replay,
+        )
     ignore_signals()
     comm.shutdown()
     return code
@@ -127,6 +141,16 @@ def _stream(
     return stream
 
 
+def _state(
+    recipe: Recipe, out: Path, splits: dict[str, Identity], resume: bool, world: World
+) -> dict[str, Any] | None:
+    """What all ranks resume from, None at the start."""
+    state: dict[str, Any] | None = comm.broadcast_object(
+        open_run(out, recipe, splits, resume) if world.rank == 0 else None
+    )
+    return state
+
+
 def _profile(
     recipe: Recipe, plan: Plan, first_update: int, out: Path, world: World, log: RunLog
 ) -> Profile:
@@ -153,22 +177,23 @@ def train(
     world: World,
     membership: elastic.Membership | None = None,
     owner: RunLock | None = None,
+    replay: Path | None = None,
 ) -> int:
     """Train `recipe` on the images in `data` (None: the digits), all of the run's files in `out`.
 
     membership: of workers that may come and go; training resumes from its state, if it has one.
-    owner: rank 0's ownership of `out`, looked at again before each save.
+    owner: rank 0's ownership of `out`, looked at again before each save. replay: the run whose
+    decisions about the batch are taken instead of new ones.
     """
     # Set up, plan, and where an earlier run stopped.
     stop = StopRequest(comm.allreduce_async_, comm.synchronize)
     train_store, test_store = open_data(data, recipe)
     splits = same_on_all_ranks({"train": train_store, "test": test_store}, comm.allgather_object)
-    plan = make_plan(recipe.schedule, len(train_store))
     state = membership.state if membership else None
     if state is None:
-        state = comm.broadcast_object(
-            open_run(out, recipe, splits, resume) if world.rank == 0 else None
-        )
+        state = _state(recipe, out, splits, resume, world)
+    growing = open_growing(recipe, len(train_store), state, replay)
+    plan = growing.plan
     first_update = state["update"] if state else 0
     if first_update == plan.updates:
         if world.rank == 0:
@@ -185,13 +210,11 @@ def train(
     kept = state.get("micro_batch") if state else None
     start = starting_sizes(recipe, plan, training, world, classes, kept, same_job, gather)
     log = RunLog(out, world, plan, first_update, recipe)
-    if staged:
-        log.say(staged)
     stream = _stream(recipe, plan, updates, train_store, world, start.sizes, log)
     best_top1 = state["best_top1"] if state else -1.0
     run = Run(
         recipe=recipe,
-        plan=plan,
+        growing=growing,
         world=world,
         training=training,
         classes=train_store.classes,
@@ -202,7 +225,7 @@ def train(
         stream=stream,
         profile=_profile(recipe, plan, first_update, out, world, log),
     )
-    run.log.begin(recipe, len(test_store), start.to_dict(), start.lines, _hosts())
+    run.begin(start, staged, _hosts())
     if membership:
         membership.begin(plan.stages[updates[0].stage], at_end=run.close, stop=stop)
 
@@ -212,17 +235,18 @@ def train(
         run.update(update, batches)
         done = update.index + 1
         asked_to_stop, due = stop.agreed()
-        stopped = asked_to_stop and done < plan.updates
+        stopped = asked_to_stop and done < run.plan.updates
         best = run.evaluate(update)
-        ends = done == plan.updates or plan.at(done).stage != update.stage
+        run.grow(update)
+        ends = done == run.plan.updates or run.plan.at(done).stage != update.stage
         if stopped or due or best or ends:
             run.save(done, best=best)
         if stopped:
             run.end("stopped", done)
             return EXIT_STOPPED
-        if membership and done < plan.updates:
+        if membership and done < run.plan.updates:
             run.commit(membership, done)
-    run.end("finished", plan.updates)
+    run.end("finished", run.plan.updates)
     return 0
 
 

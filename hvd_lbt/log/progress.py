@@ -33,7 +33,7 @@ class ProgressLine:
     """The standard output of a run. folder: of the run; first_sample: what was seen before."""
 
     def __init__(self, folder: Path, plan: Plan, first_sample: int):
-        self._folder, self._plan = folder, plan
+        self._folder, self.plan = folder, plan
         self._says = True  # until the standard output fails
         self._line = time.perf_counter()
         live = sys.stdout.isatty() and not any(name in os.environ for name in LAUNCHERS)
@@ -77,7 +77,7 @@ class ProgressLine:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         measured = record["gradient_noise"]
         noise = "" if measured is None else f"tr Σ/|G|² {measured:,.3g} · "
-        plan = self._plan
+        plan = self.plan
         text = (
             f"stage {record['stage'] + 1}/{len(plan.stages)} · update "
             f"{record['update'] + 1:,}/{plan.updates:,} · global batch "

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hvd_lbt.append_file import AppendFile
 from hvd_lbt.errors import OutOfMemoryError, SampleError
+from hvd_lbt.growing import FILE as DECISIONS
+from hvd_lbt.growing import Growing
 from hvd_lbt.log.loggers import RunInfo, make_outputs, scalars
 from hvd_lbt.log.progress import ProgressLine
 from hvd_lbt.log.provenance import revision, slurm_job, versions
@@ -68,6 +70,8 @@ class RunLog:
         self._accuracy = ""
         self._waited = self._trained = 0.0
         self._folder, self._named, self._skipped_samples = folder, set[str](), 0
+        self._name = recipe.name if recipe else folder.name
+        self._decisions_fail = False
         if not self.speaks:
             return
         first_sample = (
@@ -78,7 +82,7 @@ class RunLog:
         if not self._lines.ends_with(b"\n"):  # half a line of a run that was killed
             self._lines.append(b"\n")
         about = RunInfo(
-            name=recipe.name if recipe else folder.name,
+            name=self._name,
             folder=folder,
             recipe=recipe.to_dict() if recipe else {},
             run_id=None,
@@ -135,11 +139,7 @@ class RunLog:
             "run",
             name=recipe.name,
             recipe=recipe.to_dict(),
-            plan={
-                "train_samples": self.plan.train_samples,
-                "updates": self.plan.updates,
-                "stages": [asdict(stage) for stage in self.plan.stages],
-            },
+            plan=_plan_values(self.plan),
             world_size=self._world.size,
             hosts=hosts,
             versions=versions(),
@@ -240,6 +240,49 @@ class RunLog:
             skipped_samples=self._skipped_samples,
             accuracy=self._accuracy + self._slowest(),
         )
+
+    def decision(self, decision: Mapping[str, Any], growing: Growing) -> None:
+        """Note what was decided about the batch, in RUN/decisions.jsonl too."""
+        if not self.speaks:
+            return
+        self.write_decisions(growing)
+        self.event("decision", **decision)
+        before, after = decision["global_batch_before"], decision["global_batch"]
+        if after != before:
+            self.say(
+                f"update {decision['update']:>6,} · global batch {before:,} → {after:,} · "
+                f"{_why(decision)}"
+            )
+
+    def replan(self, plan: Plan, micro_batches: Sequence[int]) -> None:
+        """Go on with another plan, which differs from the next update on."""
+        self.plan = plan
+        if self._left:
+            self._left.replan(plan, micro_batches)
+        if self.speaks:
+            self.progress.plan = plan
+            self.event("plan", plan=_plan_values(plan))
+
+    def write_decisions(self, growing: Growing, end: str | None = None) -> None:
+        """Write RUN/decisions.jsonl anew; where that fails it is said once."""
+        if not self.speaks or growing.schedule.policy != "measured":
+            return
+        try:
+            growing.write(self._folder, self._name, end)
+        except OSError as error:
+            if not self._decisions_fail:
+                self.say(
+                    f"{self._folder}/{DECISIONS} cannot be written ({error.strerror}). Training "
+                    "continues; the checkpoints have the decisions too."
+                )
+            self._decisions_fail = True
+
+    def costs(self, update: Update) -> tuple[float, float] | None:
+        """Seconds of an update like this one beside its samples, and a sample; None: not known."""
+        if not self._left:
+            return None
+        self.flush()
+        return self._left.costs(self.plan.stages[update.stage])
 
     def out_of_memory(
         self, updates_done: int, error: OutOfMemoryError, before: int, after: int
@@ -407,3 +450,24 @@ class RunLog:
         slowest = max(named, key=lambda rank: rank.ratio)
         others = f" and {len(named) - 1} more" if len(named) > 1 else ""
         return f" · {slowest.text(self._world.size)}{others}"
+
+
+def _plan_values(plan: Plan) -> dict[str, Any]:
+    return {
+        "train_samples": plan.train_samples,
+        "updates": plan.updates,
+        "stages": [asdict(stage) for stage in plan.stages],
+    }
+
+
+def _why(decision: Mapping[str, Any]) -> str:
+    """What a decision rests on, in one line."""
+
+    def number(value: float | None) -> str:
+        return "too large to tell" if value is None else f"{value:,.4g}"
+
+    return (
+        f"tr Σ/|G|² {number(decision['noise'])}, overhead of an update "
+        f"{number(decision['overhead'])} samples, fastest batch {number(decision['fastest'])} "
+        f"(bound: {decision['bound']})"
+    )

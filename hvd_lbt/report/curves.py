@@ -63,6 +63,19 @@ def _clocks(run: Run) -> dict[str, Floats]:
     return clocks | {"hours": run.hours}
 
 
+def decided_at(run: Run) -> dict[str, list[float]]:
+    """Where each decision about the batch was made, on each axis."""
+    clocks = _clocks(run)
+    places = [
+        int(np.searchsorted(clocks["updates"], one["update"], side="right")) - 1
+        for one in run.decisions
+    ]
+    return {
+        axis: [float(column[place]) if place >= 0 else 0.0 for place in places]
+        for axis, column in clocks.items()
+    }
+
+
 def evaluated(group: Group) -> Band:
     """Test accuracy in percent at each evaluation, over the group's runs."""
     counts = sorted({line["update"] for run in group.runs for line in run.evals})

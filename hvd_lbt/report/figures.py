@@ -15,6 +15,7 @@ from hvd_lbt.report.curves import (
     BINS,
     Band,
     Floats,
+    decided_at,
     evaluated,
     in_percent,
     measured,
@@ -106,6 +107,47 @@ def gradient_noise(groups: Sequence[Group]) -> Figure | None:
     )
 
 
+def growth(groups: Sequence[Group]) -> Figure | None:
+    """What decided about the batch, in the first run of each group whose batch was measured."""
+    lines = []
+    for place, group in enumerate(groups):
+        run = next((run for run in group.runs if run.decisions), None)
+        if run is None:
+            continue
+        x = decided_at(run)
+        least = [
+            min((value for value in one["bounds"].values() if value is not None), default=None)
+            for one in run.decisions
+        ]
+        for name, values, line in (
+            ("global batch", [one["global_batch"] for one in run.decisions], {"shape": "hv"}),
+            ("B* = √(φ·a/b)", [one["fastest"] for one in run.decisions], {"dash": "dot"}),
+            ("φ = tr(Σ)/|G|²", [one["noise"] for one in run.decisions], {"dash": "dash"}),
+            ("other bounds", least, {"dash": "dashdot", "width": 1}),
+        ):
+            lines.append(
+                {
+                    "group": place,
+                    "name": plain(f"{name} · {group.label}"),
+                    "x": x,
+                    "y": [value or None for value in values],  # 0 has no place on the axis
+                    "mode": "lines",
+                    "line": {"width": 2, **line},
+                }
+            )
+    if not lines:
+        return None
+    return Figure(
+        name="growth",
+        title="Batch by measurement, samples",
+        caption="At each decision: the batch taken (solid), the fastest batch B* (dotted), the "
+        "gradient's noise scale φ (dashed), and the least of the other bounds. Gaps: too large to "
+        "tell, or 0.",
+        traces=lines,
+        layout={"yaxis": {"type": "log"}},
+    )
+
+
 def speed(groups: Sequence[Group]) -> Figure:
     """Images per second."""
     return _curves(
@@ -153,6 +195,7 @@ FIGURES: list[Callable[[Sequence[Group]], Figure | None]] = [
     _schedule("momentum", "Momentum", "linear"),
     _schedule("noise_scale", "Noise scale g"),
     gradient_noise,
+    growth,
     speed,
     data_wait,
     rank_times,

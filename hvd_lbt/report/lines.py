@@ -64,6 +64,11 @@ def seconds_by_rank(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(map(number(0), value))
 
 
+def bounds(value: Any) -> bool:
+    """Whether a value is a mapping of numbers, or null where there is no bound."""
+    return isinstance(value, dict) and all(map(number(0, none=True), value.values()))
+
+
 def versions(value: Any) -> bool:
     """Whether a value is a mapping of texts."""
     return isinstance(value, dict) and all(map(text, value.values()))
@@ -131,6 +136,16 @@ KEYS: dict[str, dict[str, Fits]] = {
         "top1": number(0, 1),
         "top5": number(0, 1),
     },
+    "plan": {"plan": plan},
+    "decision": {
+        **dict.fromkeys(
+            ("update", "samples_seen", "global_batch", "global_batch_before"), whole(1)
+        ),
+        "epoch": number(0),
+        **dict.fromkeys(("noise", "overhead", "fastest"), number(0, none=True)),
+        "bounds": bounds,
+        "bound": text,
+    },
     "ranks": {
         "first_update": whole(0),
         "updates": whole(1),
@@ -161,6 +176,8 @@ OPTIONAL: dict[str, dict[str, Fits]] = {
         "left_out": whole(0),
         "time": number(0),
     },
+    "plan": {"time": number(0)},
+    "decision": {"time": number(0)},
     "eval": {"time": number(0)},
     "ranks": {"time": number(0)},
     "slow_rank": {"excess": number(0), "time": number(0)},

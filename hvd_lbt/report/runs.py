@@ -42,6 +42,8 @@ class Run:
     """The lines with all ranks' times, in order."""
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
     """The lines that name a rank that became slow."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of what was decided about the batch, with policy measured."""
 
     @property
     def seed(self) -> int:
@@ -148,6 +150,7 @@ class _Reading:
         self._evals: dict[int, tuple[Line, dict[str, Any]]] = {}
         self._ranks: dict[int, dict[str, Any]] = {}
         self._slow: list[dict[str, Any]] = []
+        self._decisions: dict[int, dict[str, Any]] = {}
         self._repeated = 0
 
     def take(self, line: Line) -> None:
@@ -164,12 +167,17 @@ class _Reading:
                 self._evals = {k: v for k, v in self._evals.items() if k <= start}
                 self._ranks = {k: v for k, v in self._ranks.items() if k < start}
                 self._slow = [slow for slow in self._slow if slow["update"] < start]
+                self._decisions = {k: v for k, v in self._decisions.items() if k <= start}
                 self.parts.append(_Part(run=record, time=record.get("time", 0.0)))
             case "update":
                 self._repeated += record["update"] in self._updates
                 self._updates[record["update"]] = line, record
             case "eval":
                 self._evals[record["update"]] = line, record
+            case "plan" if self.parts:  # of a batch that grows by measurement, from here on
+                self.parts[-1].run["plan"] = record["plan"]
+            case "decision":
+                self._decisions[record["update"]] = record
             case "ranks" if len({len(record[part]) for part in PARTS}) == 1:
                 self._ranks[record["first_update"]] = record
             case "ranks":
@@ -221,6 +229,7 @@ class _Reading:
             parts=len(self.parts),
             ranks=[line for _, line in sorted(self._ranks.items())],
             slow_ranks=self._slow,
+            decisions=[line for _, line in sorted(self._decisions.items())],
         )
         run.notes.extend(
             self._notes(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.report.runs import Group, Run, settings_of
 from hvd_lbt.schedule.plan import make_plan
+from hvd_lbt.schedule.plan_time import with_policy
 
 NAME = 90  # characters of a group's name
 
@@ -173,7 +174,7 @@ def _updates_with_decaying_lr(run: Run) -> int | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names of settings that were renamed
             schedule = Recipe.model_validate(run.about["recipe"]).schedule
-        decaying = replace(schedule, policy="decay_lr")
+        decaying = with_policy(schedule, "decay_lr")
         return make_plan(decaying, run.about["plan"]["train_samples"]).updates
     except (ValidationError, UserError, ValueError, TypeError):
         return None

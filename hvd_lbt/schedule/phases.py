@@ -71,14 +71,16 @@ def _with_image_sizes(spans: tuple[Phase, ...], schedule: Schedule) -> Iterator[
         yield replace(span, epoch=epoch, image_size=image_size)
 
 
-def grown(span: Phase, schedule: Schedule, growth: Growth) -> Phase:
-    """The phase with a batch that was decided while training, and the lr that keeps its g.
+def grown(span: Phase, schedule: Schedule, growth: Growth, epoch: float) -> Phase:
+    """The phase from `epoch` on with a batch that was decided while training, and the lr that keeps
+    its g.
 
     Where that lr would be above schedule.max_lr the batch is the largest multiple that keeps to it,
     but at least the phase's own.
     """
     batch, multiple = growth.global_batch, growth.multiple
-    most = schedule.largest_lr * (1 + 1e-9) * span.global_batch / span.lr
+    lr = span.lr * lr_share(schedule, span.shape, epoch)  # no later one of the phase is larger
+    most = schedule.largest_lr * (1 + 1e-9) * span.global_batch / lr
     if batch > most:
         batch = max(int(most) // multiple * multiple, span.global_batch)
     return replace(span, global_batch=batch, lr=span.lr * (batch / span.global_batch))

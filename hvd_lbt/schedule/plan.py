@@ -77,6 +77,8 @@ class Plan:
     schedule: Schedule
     train_samples: int
     stages: tuple[Stage, ...]
+    growth: tuple[Growth, ...] = ()
+    """What was decided so far, with policy measured."""
 
     @property
     def updates(self) -> int:
@@ -163,7 +165,12 @@ def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] =
             extent = (done, updates, seen, samples)
             stages.append(_stage(schedule, len(stages), span, train_samples, extent))
             seen, done = seen + samples, done + updates
-    plan = Plan(schedule=schedule, train_samples=train_samples, stages=tuple(stages))
+    plan = Plan(
+        schedule=schedule,
+        train_samples=train_samples,
+        stages=tuple(stages),
+        growth=tuple(growth),
+    )
     assert plan.samples == total, (plan, total)
     if plan.updates > MAX_UPDATES:
         raise UserError(
@@ -185,7 +192,9 @@ def _spans(
     for sample in sorted({begin for begin, _ in begun} | {one.samples_seen for one in growth}):
         _, span = [one for one in begun if one[0] <= sample][-1]
         decided = [one for one in growth if one.samples_seen <= sample]
-        cut.append((sample, grown(span, schedule, decided[-1]) if decided else span))
+        if decided:
+            span = grown(span, schedule, decided[-1], sample / train_samples)
+        cut.append((sample, span))
     return cut
 
 

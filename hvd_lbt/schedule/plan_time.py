@@ -64,11 +64,13 @@ def total_seconds(times: tuple[StageTime, ...]) -> float | None:
 
 
 def policy_plans(schedule: Schedule, train_samples: int) -> dict[str, Plan | str]:
-    """The plan of the schedule with each policy, or why it cannot have it."""
+    """The plan of the schedule with each policy that needs no measurement, or why it cannot have
+    it.
+    """
     plans: dict[str, Plan | str] = {}
     for policy in POLICIES:
         try:
-            plans[policy] = make_plan(_with_policy(schedule, policy), train_samples)
+            plans[policy] = make_plan(with_policy(schedule, policy), train_samples)
         except UserError as error:
             plans[policy] = str(error)
     return plans
@@ -132,13 +134,20 @@ def _stage_time(plan: Plan, stage: Stage, profile: SpeedProfile, cluster: Cluste
     )
 
 
-def _with_policy(schedule: Schedule, policy: str) -> Schedule:
+def with_policy(schedule: Schedule, policy: str) -> Schedule:
     """The schedule with another policy, and without the settings that only its own has."""
     if policy == schedule.policy:
         return schedule
     curves = {"cosine": schedule.cosine, "polynomial": schedule.polynomial}
-    if policy == "decay_lr":
+    if policy != "grow_batch":
         curves = {
             name: replace(one, batch_factor=None) if one else None for name, one in curves.items()
         }
-    return replace(schedule, policy=policy, batch_milestones=None, **curves)  # type: ignore[arg-type]
+    return replace(
+        schedule,
+        policy=policy,  # type: ignore[arg-type]
+        batch_milestones=None,
+        max_lr=None,
+        overhead=None,
+        **curves,  # type: ignore[arg-type]
+    )

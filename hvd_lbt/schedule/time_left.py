@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log1p
+from statistics import median
 
 from hvd_lbt.schedule.layout import make_layout
 from hvd_lbt.schedule.plan import Plan, Stage, Update
@@ -168,11 +169,43 @@ class TimeLeft:
         self._refresh()
         return stage.global_batch / self._seconds_of(stage) if self._predicted else None
 
+    def costs(self, stage: Stage) -> tuple[float, float] | None:
+        """(a, b): seconds of an update whatever its batch, and a sample more on all workers.
+
+        Of updates near the stage's, by the line through its batch and twice as many samples. Before
+        a second size has been seen, b has the time of forward and backward and of the wait for
+        data, and a the rest. Where most updates wait for data no batch is faster: a is 0. None
+        before it can be known.
+        """
+        key = self._key(stage.index)
+        size = self._size(key)
+        timed, means, work = self._known()
+        if key not in means:
+            return None
+        if median(size.data or (0.0,)) > INPUT_BOUND * means[key]:
+            return 0.0, means[key] / stage.global_batch
+        seconds = self._fit(timed, means, work, data_in_samples=True)
+        twice = self._key(stage.index, 2 * stage.global_batch)
+        once, more = (seconds(self._work(one, self._size(one))) for one in (key, twice))
+        b = min(max((more - once) / stage.global_batch, 0.0), once / stage.global_batch)
+        a = once - b * stage.global_batch
+        return (a if a > 1e-9 * once else 0.0), b
+
+    def replan(self, plan: Plan, micro_batches: Sequence[int]) -> None:
+        """Go on with another plan, which differs from the next update on."""
+        self.plan = plan
+        self.use(micro_batches)
+
     def micro_batches_ahead(self, update: int) -> list[int]:
-        """The different sizes of a micro-batch from this update on, of the rank with most."""
+        """The different sizes of a micro-batch from this update on, of the rank with most.
+
+        With policy measured also those of an update of twice as many samples, which may come.
+        """
         stages = [s for s in self.plan.stages if s.first_update + s.updates > update]
-        parts = (self._size(self._key(s.index)).micro_batches for s in stages)
-        return sorted({size for sizes in parts for size in sizes})
+        keys = [self._key(s.index) for s in stages]
+        if self.plan.schedule.policy == "measured":
+            keys += [self._key(s.index, 2 * s.global_batch) for s in stages]
+        return sorted({size for key in keys for size in self._size(key).micro_batches})
 
     def _key(self, stage: int, global_batch: int | None = None) -> Key:
         """Global batch, ghost batch, micro-batch and image size of a stage's updates."""
@@ -214,15 +247,10 @@ class TimeLeft:
         """Make the seconds of an update of each stage anew, if enough has happened since."""
         if self._stale > 0 and self._predicted:
             return
-        for enough in (ENOUGH, 2):
-            timed = {k: size for k, size in self._sizes.items() if len(size.seconds) >= enough}
-            if timed:
-                break
-        else:
+        timed, means, work = self._known()
+        if not timed:
             return
         self._stale = max(1, self._timed // 20)
-        means = {key: robust_mean(size.seconds) for key, size in timed.items()}
-        work = {key: self._work(key, size) for key, size in self._sizes.items()}
         fit = self._fit(timed, means, work)
         keys = [self._key(stage.index) for stage in self.plan.stages]
         ahead = {key: self._size(key) for key in keys}
@@ -241,13 +269,28 @@ class TimeLeft:
             MEASURED if not unseen else FITTED if several or known or same else UPPER_BOUND
         )
 
+    def _known(self) -> tuple[dict[Key, _Size], dict[Key, float], dict[Key, float]]:
+        """The sizes that were timed often enough, their mean seconds, and the work of all sizes."""
+        timed: dict[Key, _Size] = {}
+        for enough in (2, ENOUGH):
+            often = {k: size for k, size in self._sizes.items() if len(size.seconds) >= enough}
+            timed = often or timed
+        means = {key: robust_mean(size.seconds) for key, size in timed.items()}
+        work = {key: self._work(key, size) for key, size in self._sizes.items()}
+        return timed, means, work
+
     def _fit(
         self,
         timed: Mapping[Key, _Size],
         means: Mapping[Key, float],
         work: Mapping[Key, float],
+        *,
+        data_in_samples: bool = False,
     ) -> Callable[[float], float]:
-        """Seconds of an update by its work: a + b·w, by least squares relative to each mean."""
+        """Seconds of an update by its work: a + b·w, by least squares relative to each mean.
+
+        data_in_samples: of one size alone, the wait for data is a part of b·w, not of a.
+        """
         points = sorted((work[key], means[key], len(size.seconds)) for key, size in timed.items())
         if len({round(w, 9) for w, _, _ in points}) > 1:
             weights = [count / mean**2 for _, mean, count in points]
@@ -265,6 +308,8 @@ class TimeLeft:
         size = timed[key]
         whole = means[key]
         own = min(robust_mean(size.compute), whole) if size.compute else whole
+        if data_in_samples and size.data:
+            own = min(own + robust_mean(size.data), whole)
         b = own / work[key]
         return lambda w: whole - own + b * w
 

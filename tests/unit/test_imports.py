@@ -24,6 +24,7 @@ LAYERS = [
     {"terminal", "arguments", "rounding"},
     {"out_of_memory", "memory"},
     {"recipe", "optim", "losses", "models", "ema", "comm", "state", "rank_agreement"},
+    {"growing"},
     {"reducer", "hyperparameters", "data", "checkpoint", "measure", "stage_table", "time_table"},
     {"log", "sampler"},
     {"training", "micro_batch"},

@@ -1,0 +1,424 @@
+"""A run whose batch grows by measurement (schedule.policy: measured): what was decided is data.
+
+Rank 0 decides, since times are measured; all ranks take its decision, and the plan follows from the
+decisions alone. They are in the checkpoint and in RUN/decisions.jsonl, by which another run takes
+the same updates again.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf, isfinite, lcm
+from pathlib import Path
+from typing import Any
+
+from hvd_lbt.errors import UserError, shown
+from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.growth import (
+    MEASUREMENTS,
+    PART_OF_DATA,
+    Bounds,
+    Choice,
+    Growth,
+    Measured,
+    choose,
+    is_due,
+)
+from hvd_lbt.schedule.plan import Plan, Stage, Update, make_plan
+from hvd_lbt.schedule.plan_time import Cluster, work_of
+from hvd_lbt.schedule.settings import Schedule
+from hvd_lbt.schedule.speed import SpeedProfile, update_time
+from hvd_lbt.whole_file import write_whole
+
+FILE = "decisions.jsonl"
+LONGEST_FILE = 64_000_000  # bytes; a decision has about 500
+# What a line of a decision must have for a replay.
+FIELDS = ("update", "samples_seen", "global_batch", "multiple")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What `GradientNoise` has measured: its averages, and how many measurements there were."""
+
+    variance: float
+    squared: float
+    measurements: int
+
+    @property
+    def samples(self) -> float | None:
+        """φ = tr(Σ)/|G|²; inf where |G|² cannot be told from 0, None before a measurement."""
+        if not self.measurements or not isfinite(self.variance + self.squared):
+            return None
+        if self.variance <= 0:
+            return 0.0
+        return self.variance / self.squared if self.squared > 0 else inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of an update: a seconds, whatever its batch, and b seconds a sample, on all workers."""
+
+    fixed: float
+    a_sample: float
+
+    @property
+    def overhead(self) -> float:
+        """a/b in samples."""
+        return self.fixed / self.a_sample if self.a_sample > 0 else inf
+
+    @classmethod
+    def of(cls, seconds: Callable[[int], float], global_batch: int) -> "Costs":
+        """a and b of the line through the seconds of this batch and of twice as many samples."""
+        once, twice = seconds(global_batch), seconds(2 * global_batch)
+        a_sample = min(max((twice - once) / global_batch, 0.0), once / global_batch)
+        return cls(fixed=once - a_sample * global_batch, a_sample=a_sample)
+
+
+class Growing:
+    """The plan of a run, and with policy measured the decisions that it follows from.
+
+    state: of `state_dict()`, None for a new run. replay: decisions of another run, which this one
+    takes instead of deciding. Raises UserError if the two do not go together.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train_samples: int,
+        state: Mapping[str, Any] | None = None,
+        replay: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        self.schedule, self._ghost_batch = recipe.schedule, recipe.layout.ghost_batch
+        self._train_samples = train_samples
+        self.replays = replay is not None
+        self.decisions = list(replay or ())
+        if state is not None:
+            if replay is not None and (not state["replays"] or state["decisions"] != replay):
+                raise UserError(
+                    "--replay: the run that is resumed has other decisions; resume it without "
+                    "--replay, or replay into another --out."
+                )
+            self.replays, self.decisions = state["replays"], list(state["decisions"])
+        self.plan = self._plan(self.decisions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All decisions so far, for a checkpoint."""
+        return {"replays": self.replays, "decisions": list(self.decisions)}
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the batch was to be decided, and never was."""
+        measures = self.schedule.policy == "measured" and not self.replays
+        return measures and not self.decisions
+
+    def is_due(self, update: Update) -> bool:
+        """Whether after this update there is something to decide: the same on all ranks."""
+        done = update.index + 1
+        return (
+            self.schedule.policy == "measured"
+            and not self.replays
+            and done < self.plan.updates
+            and self.plan.stages[update.stage].shape != "warm_up"
+            and is_due(
+                update.samples_seen, update.samples_seen + update.global_batch, self._train_samples
+            )
+        )
+
+    def decide(self, update: Update, noise: Noise, costs: Costs | None) -> dict[str, Any] | None:
+        """What is decided after this update; None where too little has been measured.
+
+        costs: of updates as they are now, not needed with schedule.overhead.
+        """
+        since = noise.measurements - self._measured_before()
+        overhead = self.schedule.overhead or (costs.overhead if costs else None)
+        if since < MEASUREMENTS or noise.samples is None or overhead is None:
+            return None
+        done = update.index + 1
+        following = self.plan.at(done)
+        stage = self.plan.stages[following.stage]
+        multiple = multiple_of(self.schedule, stage.ghost_batch or self._ghost_batch)
+        measured = Measured(noise=noise.samples, overhead=overhead, measurements=since)
+        bounds = bounds_of(self.schedule, self._train_samples, stage.global_batch, following.lr)
+        choice = choose(
+            stage.global_batch,
+            measured,
+            bounds,
+            first=self.schedule.first_global_batch,
+            multiple=multiple,
+        )
+        decision = _decision(following, stage, measured, bounds, choice)
+        decision |= {
+            "multiple": multiple,
+            "gradient_variance": noise.variance,
+            "gradient_squared": noise.squared,
+            "all_measurements": noise.measurements,
+            "seconds_fixed": costs.fixed if costs else None,
+            "seconds_a_sample": costs.a_sample if costs else None,
+        }
+        if choice.global_batch != stage.global_batch:
+            # At a milestone that falls within an update the plan's past could change: not there.
+            plan = self._plan([*self.decisions, decision])
+            if plan.at(update.index) != update or plan.at(done).samples_seen != (
+                following.samples_seen
+            ):
+                return None
+        return decision
+
+    def take(self, decision: dict[str, Any]) -> bool:
+        """Note a decision; whether the plan changes."""
+        self.decisions.append(decision)
+        if decision["global_batch"] == decision["global_batch_before"]:
+            return False
+        self.plan = self._plan(self.decisions)
+        return True
+
+    def write(self, folder: Path, name: str, end: str | None = None) -> None:
+        """RUN/decisions.jsonl: what the run is, and a line for each decision. Raises OSError.
+
+        end: finished or stopped.
+        """
+        head = {"event": "run", "name": name, **self._identity(), "replays": self.replays}
+        lines = [head, *({"event": "decision", **one} for one in self.decisions)]
+        if end is not None:
+            lines.append({"event": "end", "reason": end})
+        write_whole(folder / FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "schedule": plain(self.schedule),
+            "train_samples": self._train_samples,
+            "ghost_batch": self._ghost_batch,
+        }
+
+    def _measured_before(self) -> int:
+        changes = [one for one in self.decisions if one["global_batch"] != _before(one)]
+        return int(changes[-1]["all_measurements"]) if changes else 0
+
+    def _plan(self, decisions: Iterable[Mapping[str, Any]]) -> Plan:
+        return make_plan(self.schedule, self._train_samples, growth_of(decisions))
+
+
+def _before(decision: Mapping[str, Any]) -> int:
+    return int(decision["global_batch_before"])
+
+
+def _decision(
+    following: Update, stage: Stage, measured: Measured, bounds: Bounds, choice: Choice
+) -> dict[str, Any]:
+    """A line of decisions.jsonl. JSON has no infinity: null is no bound, or more than is told."""
+    return {
+        "update": following.index,
+        "epoch": following.epoch,
+        "samples_seen": following.samples_seen,
+        "global_batch_before": stage.global_batch,
+        "global_batch": choice.global_batch,
+        "bound": choice.bound,
+        "noise": _finite(measured.noise),
+        "measurements": measured.measurements,
+        "overhead": _finite(measured.overhead),
+        "fastest": _finite(choice.fastest),
+        "bounds": {name: _finite(value) for name, value in asdict(bounds).items()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def plain(settings: Schedule) -> dict[str, Any]:
+    """A schedule as JSON gives it back."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return values
+
+
+def growth_of(decisions: Iterable[Mapping[str, Any]]) -> tuple[Growth, ...]:
+    """The decisions that changed the batch, as a plan takes them."""
+    return tuple(
+        Growth(
+            samples_seen=one["samples_seen"],
+            global_batch=one["global_batch"],
+            multiple=one["multiple"],
+        )
+        for one in decisions
+        if one["global_batch"] != one["global_batch_before"]
+    )
+
+
+def multiple_of(schedule: Schedule, ghost_batch: int) -> int:
+    """Of which a batch that grows by measurement is one: whole ghost batches."""
+    return lcm(schedule.batch_multiple, ghost_batch)
+
+
+def bounds_of(schedule: Schedule, train_samples: int, global_batch: int, lr: float) -> Bounds:
+    """The bounds of the batch where an update of `global_batch` samples has this lr."""
+    return Bounds(
+        data=train_samples / PART_OF_DATA,
+        max_lr=schedule.largest_lr / lr * global_batch,
+        max_global_batch=schedule.max_global_batch,
+    )
+
+
+def profile_costs(
+    profile: SpeedProfile, cluster: Cluster, global_batch: int, ghost_batch: int, image_size: int
+) -> Costs:
+    """a and b as a speed profile predicts them. Raises UserError where it cannot."""
+
+    def seconds(batch: int) -> float:
+        work = work_of(batch, cluster, ghost_batch=ghost_batch, image_size=image_size)
+        predicted = update_time(profile, work)
+        if predicted.total is None:
+            raise UserError(
+                f"run.speed: {profile.name} does not tell what an update takes on "
+                f"{cluster.workers} workers: it lacks {', '.join(predicted.unknown)}."
+            )
+        return predicted.total
+
+    return Costs.of(seconds, global_batch)
+
+
+def open_growing(
+    recipe: Recipe, train_samples: int, state: Mapping[str, Any] | None, replay: Path | None
+) -> Growing:
+    """Of a run that begins, or goes on from the state of a checkpoint. replay: see
+    `read_decisions`.
+    """
+    decisions = None if replay is None else read_decisions(replay, recipe, train_samples)
+    return Growing(recipe, train_samples, state and state.get("growing"), decisions)
+
+
+def read_decisions(path: Path, recipe: Recipe, train_samples: int) -> list[dict[str, Any]]:
+    """The decisions of another run, for a replay. path: RUN, or its decisions.jsonl.
+
+    Raises UserError if there are none, or if they are of another schedule or other data.
+    """
+    if recipe.schedule.policy != "measured":
+        raise UserError(
+            f"--replay: the recipe's schedule.policy is {recipe.schedule.policy}, which decides "
+            "nothing while it trains; leave --replay out, or take the recipe of that run."
+        )
+    file = path / FILE if path.is_dir() else path
+    what = f"--replay {file}"
+    head, *lines = _lines_of(file, what)
+    wanted = Growing(recipe, train_samples)._identity()
+    if head.get("event") != "run" or not wanted.keys() <= head.keys():
+        raise UserError(f"{what}: its first line does not say of which run it is.")
+    if head["schedule"] != wanted["schedule"]:
+        names = sorted(
+            name
+            for name, value in wanted["schedule"].items()
+            if not isinstance(head["schedule"], dict) or head["schedule"].get(name) != value
+        )
+        raise UserError(
+            f"{what}: that run had another schedule (schedule.{', schedule.'.join(names)}). "
+            "Replay it with its own recipe: its recipe.yaml has the settings."
+        )
+    for name in ("train_samples", "ghost_batch"):
+        if head[name] != wanted[name]:
+            raise UserError(
+                f"{what}: that run had {name.replace('_', ' ')} {shown(head[name])}, and this one "
+                f"has {wanted[name]:,}; the updates would be others."
+            )
+    decisions = [
+        {key: value for key, value in line.items() if key != "event"}
+        for line in lines
+        if line.get("event") == "decision"
+    ]
+    seen = 0
+    for number, one in enumerate(decisions, start=1):
+        values = [one.get(name) for name in (*FIELDS, "global_batch_before")]
+        if not all(isinstance(value, int) and value > 0 for value in values):
+            raise UserError(f"{what}: decision {number} has not all of {', '.join(FIELDS)}.")
+        if one["samples_seen"] <= seen:
+            raise UserError(f"{what}: decision {number} is not later than the one before it.")
+        seen = one["samples_seen"]
+    _check_plan(recipe.schedule, train_samples, decisions, what)
+    return decisions
+
+
+def _lines_of(file: Path, what: str) -> list[dict[str, Any]]:
+    try:
+        if file.stat().st_size > LONGEST_FILE:
+            raise UserError(f"{what}: it is longer than {LONGEST_FILE:,} bytes.")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{what}: there is no such file; a run with schedule.policy measured writes it."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be read ({error}).") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{what}: line {number} is no JSON.") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{what}: line {number} is no object.")
+        lines.append(found)
+    if not lines:
+        raise UserError(f"{what} is empty.")
+    return lines
+
+
+def _check_plan(
+    schedule: Schedule, train_samples: int, decisions: Sequence[dict[str, Any]], what: str
+) -> None:
+    """That each change comes where an update of the plan ends, as it did in the run."""
+    growth = growth_of(decisions)
+    plan = make_plan(schedule, train_samples, growth)
+    ends = {stage.first_sample for stage in plan.stages}
+    for one in growth:
+        if one.samples_seen not in ends and one.samples_seen < plan.stages[-1].first_sample:
+            raise UserError(
+                f"{what}: after {one.samples_seen:,} samples no update ends, so that the batch "
+                "cannot change there; the file is not as the run wrote it."
+            )
+
+
+def widest_plan(schedule: Schedule, train_samples: int, ghost_batch: int, every: int) -> Plan:
+    """The plan of policy measured where the batch grows as fast as its bounds allow.
+
+    Nothing that is measured keeps it from growing: the bounds alone do, and the steps. every: of
+    how many updates one is measured.
+    """
+    growth: tuple[Growth, ...] = ()
+    plan, since, index = make_plan(schedule, train_samples), 0, 0
+    unbounded = Measured(noise=inf, overhead=inf, measurements=MEASUREMENTS)
+    while index + 1 < plan.updates:
+        index = _next_due(plan, max(index, since + MEASUREMENTS * every - 1))
+        if index + 1 >= plan.updates:
+            break
+        following = plan.at(index + 1)
+        stage = plan.stages[following.stage]
+        multiple = multiple_of(schedule, stage.ghost_batch or ghost_batch)
+        choice = choose(
+            stage.global_batch,
+            unbounded,
+            bounds_of(schedule, train_samples, stage.global_batch, following.lr),
+            first=schedule.first_global_batch,
+            multiple=multiple,
+        )
+        index += 1
+        if choice.global_batch == stage.global_batch:
+            continue
+        change = Growth(
+            samples_seen=following.samples_seen,
+            global_batch=choice.global_batch,
+            multiple=multiple,
+        )
+        changed = make_plan(schedule, train_samples, (*growth, change))
+        if changed.at(index - 1) == plan.at(index - 1):
+            plan, growth, since = changed, (*growth, change), index
+    return plan
+
+
+def _next_due(plan: Plan, index: int) -> int:
+    """The first update from `index` on after which the batch is decided; plan.updates if none."""
+    while index < plan.updates:
+        update = plan.at(index)
+        end = update.samples_seen + update.global_batch
+        warms_up = plan.stages[update.stage].shape == "warm_up"
+        if not warms_up and is_due(update.samples_seen, end, plan.train_samples):
+            return index
+        index += 1
+    return index
