@@ -336,6 +336,13 @@ class GradientReducer:
         return (torch.stack(norms) / self._applied).square().sum()
 
     @property
+    def applied_scale(self) -> Tensor | None:
+        """What the sum in `wire_buffers` is multiplied by, after a step and until the next last
+        backward; None if that update was skipped, or sent again in fp32.
+        """
+        return self._applied
+
+    @property
     def wire_buffers(self) -> tuple[Tensor, ...]:
         """The flat tensors whose sums travel, one a bucket, in the order of sending."""
         return tuple(bucket.wire for bucket in self._buckets)

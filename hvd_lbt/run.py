@@ -88,6 +88,7 @@ class Run:
             data_wait=data_wait + batches.waited,
             reducer=self.training.reducer.stats(),
             noise=self.training.noise.averages,
+            noise_from=self.training.noise.source,
             times=tally.times,
         )
         if sizes := self.log.unknown_costs(update):  # once, after some updates

@@ -9,6 +9,7 @@ from torch.utils.data import BatchSampler
 
 from hvd_lbt.data.order import SampleStream
 from hvd_lbt.errors import UserError
+from hvd_lbt.schedule.layout import count_micro_batches
 from hvd_lbt.schedule.plan import Plan, Update, layout_of, micro_batch_ranges
 from hvd_lbt.world import World
 
@@ -20,7 +21,8 @@ class MicroBatches(Generic[Batch]):
 
     sizes: samples of each; none on a rank without samples in this update. ghost_batch: of the
     layout that cut them. first_samples: the place of each one's first sample in the stream of
-    samples. waited: seconds that taking them has waited for the source so far.
+    samples. parts: micro-batches of the update on all ranks; None: not known. waited: seconds that
+    taking them has waited for the source so far.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class MicroBatches(Generic[Batch]):
         source: Iterable[Batch],
         ghost_batch: int = 1,
         first_samples: Sequence[int] = (),
+        parts: int | None = None,
     ):
         self.sizes, self.ghost_batch, self.waited = tuple(sizes), ghost_batch, 0.0
-        self.first_samples = tuple(first_samples)
+        self.first_samples, self.parts = tuple(first_samples), parts
         self.taken = 0
         self._source = iter(source)
 
@@ -48,11 +51,15 @@ class MicroBatches(Generic[Batch]):
         """This rank's of `update`, taken from `source`; ghost_batch: where it has none of its
         own.
         """
-        parts = layout_of(
+        own = layout_of(
             update, world, micro_batch=micro_batch, ghost_batch=ghost_batch
         ).micro_batches
-        firsts = [update.samples_seen + part.start for part in parts]
-        return cls([len(part) for part in parts], source, update.ghost_batch or ghost_batch, firsts)
+        firsts = [update.samples_seen + part.start for part in own]
+        ghosts = update.ghost_batch or ghost_batch
+        parts = count_micro_batches(
+            update.global_batch, size=world.size, micro_batch=micro_batch, ghost_batch=ghosts
+        )
+        return cls([len(part) for part in own], source, ghosts, firsts, parts)
 
     def check_all_taken(self, update: Update) -> None:
         """Raise UserError if some of the update's are left: all later ones would be wrong."""

@@ -75,22 +75,22 @@ def render_plan(
 def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int]) -> list[str]:
     """What the table does not show: doubts, idle workers, a smaller last update and the like."""
     notes = plan_warnings([asdict(stage) for stage in plan.stages], plan.train_samples)
-    unmeasured = []
+    compared = []  # stages where an update is one micro-batch
     for stage in plan.stages:
         wanted = target_workers(stage, recipe.elastic.local_batch) or workers
         shares = _shares(recipe, stage, wanted, micro_batches)
         if shares.micro_batches == 1 and recipe.run.noise_every:
-            unmeasured.append(str(stage.index + 1))
+            compared.append(str(stage.index + 1))
         if shares.idle:
             notes.append(
                 f"Warning: in stage {stage.index + 1} {shares.idle} of {wanted} workers have no "
                 f"samples: {stage.global_batch:,} samples are only {wanted - shares.idle} ghost "
                 f"batches of {stage.ghost_batch or recipe.layout.ghost_batch}."
             )
-    if unmeasured:
+    if compared:
         notes.append(
-            f"The gradient's noise is not measured in stage {', '.join(unmeasured)}: there an "
-            "update is one micro-batch."
+            f"The gradient's noise is measured from differences of consecutive updates in stage "
+            f"{', '.join(compared)}: there an update is one micro-batch."
         )
     last = plan.at(plan.updates - 1).global_batch
     if last < plan.stages[-1].global_batch:

@@ -156,7 +156,7 @@ class Training:
         times.begin()
         set_hyperparameters(self.optimizer, update, self.schedule)
         self._use_ghost_batch(update, batches)
-        self.noise.begin(update.index, update.global_batch)
+        self._begin_noise(update, batches)
         metrics = times.room_behind(3)
         sums = metrics[:3]
         last = len(batches) - 1
@@ -190,7 +190,7 @@ class Training:
         for handle in handles:
             reducer.synchronize(handle)
         times.end()
-        self.noise.end(reducer.squared_norm)
+        self.noise.end(reducer)
         skipped = reducer.stats()["skipped"] > skipped_before
         if skipped:
             self.statistics.discard()  # they may be NaN as the gradient was
@@ -219,6 +219,14 @@ class Training:
         self.reducer.forget()
         self.statistics.discard()
         self.noise.discard()
+
+    def _begin_noise(self, update: Update, batches: MicroBatches[Any]) -> None:
+        """Begin to measure the update; one that is a single micro-batch in another way."""
+        parts = batches.parts
+        if parts is None and self.reducer.world.size == 1:
+            parts = len(batches)
+        setting = (batches.ghost_batch, update.image_size)
+        self.noise.begin(update.index, update.global_batch, one_part=parts == 1, setting=setting)
 
     def _make_momenta(self) -> None:
         """Allocate the momentum buffers before the step, which no rank may leave by an error."""

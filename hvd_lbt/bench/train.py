@@ -9,6 +9,7 @@ compiled, both are.
 """
 
 import argparse
+import itertools
 from functools import partial
 
 import torch
@@ -138,22 +139,23 @@ def main(args: argparse.Namespace) -> int:  # long: both loops and what they sha
         "channels_last": recipe.run.channels_last,
         "compile": recipe.run.compile,
     }
-    # An update of even index measures the gradient's noise, one of odd index does not.
     every = recipe.run.noise_every
-    measuring = recipe.model_copy(update={"run": recipe.run.model_copy(update={"noise_every": 2})})
     graphs = 2 * len(args.batches)
-    training = make_training(
-        measuring, 10, world=world, device=device, graphs=graphs, train_samples=1
-    )
+    training = make_training(recipe, 10, world=world, device=device, graphs=graphs, train_samples=1)
     if recipe.layout.micro_batch == "auto":
         recipe = _with_number(recipe, max(args.batches), training, world)
     settings["micro_batch"] = recipe.layout.micro_batch
     lines = Lines("train", settings=settings, path=args.out, speaks=world.rank == 0)
     bare = BareLoop(recipe, world, device, graphs)
 
+    measured_updates = itertools.count()
+
     def step(global_batch: int, measure: bool = False) -> None:
+        # Those that measure are consecutive: an update of one micro-batch is compared with the one
+        # before it.
+        training.noise.every = int(measure)
         update = Update(
-            index=0 if measure else 1,
+            index=next(measured_updates) if measure else 0,
             stage=0,
             epoch=0.0,
             samples_seen=0,

@@ -76,7 +76,8 @@ class ProgressLine:
         """Show the newest update's record. waited: share of the training time so far."""
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         measured = record["gradient_noise"]
-        noise = "" if measured is None else f"tr Σ/|G|² {measured:,.3g} · "
+        marked = " (differences)" if record["gradient_noise_from"] == "differences" else ""
+        noise = "" if measured is None else f"tr Σ/|G|² {measured:,.3g}{marked} · "
         plan = self.plan
         text = (
             f"stage {record['stage'] + 1}/{len(plan.stages)} · update "

@@ -170,13 +170,14 @@ class RunLog:
         data_wait: float,
         reducer: dict[str, Any],
         noise: Tensor,
+        noise_from: str = "parts",
         times: Tensor,
     ) -> None:
         """Note one finished update. sums: (3,) its losses, right answers, samples not skipped.
 
-        data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|².
-        times: (ranks, 4) seconds of each rank's parts of the update before. The tensors are read
-        later.
+        data_wait: seconds that this rank waited for images. noise: (2,) averages of tr(Σ) and |G|²;
+        noise_from: `GradientNoise.source`. times: (ranks, 4) seconds of each rank's parts of the
+        update before. The tensors are read later.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -201,6 +202,7 @@ class RunLog:
             "seconds": now - self._began,
             "seconds_left": left.seconds if left else None,
             "seconds_left_basis": left.basis if left else None,
+            "gradient_noise_from": noise_from,
             **{key: reducer[key] for key in ("wire_scale", "underflow", "overflows", "skipped")},
         }
         self._pending.append((record, torch.cat([sums, noise, times.flatten()])))
@@ -224,9 +226,14 @@ class RunLog:
             record["gradient_noise"] = simple_noise_scale(*noise)
             for key, value in zip(("gradient_variance", "gradient_squared"), noise, strict=True):
                 record[key] = value if math.isfinite(value) else None
+            if record["gradient_variance"] is None:
+                record["gradient_noise_from"] = None  # nothing measured yet
             self.event("update", **record)
             shown = {f"train/{key}": record[key] for key in TRAIN}
-            self._log(record["update"], shown | {f"plan/{key}": record[key] for key in PLAN})
+            shown |= {f"plan/{key}": record[key] for key in PLAN}
+            if record["gradient_noise_from"] == "differences":  # a curve of its own
+                shown["plan/gradient_noise_differences"] = shown.pop("plan/gradient_noise")
+            self._log(record["update"], shown)
         if self._times:
             rows = read[:, 5:].reshape(len(read), -1, len(PARTS)).numpy()
             self._note_times(self._times.add(self._timed, rows))

@@ -1,5 +1,6 @@
 """The curves of a report: what was measured, evaluated and scheduled, over the runs of a group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,6 +54,16 @@ def measured(group: Group, key: str) -> Band:
         for axis, column in _clocks(run).items():
             x[axis][row, here] = column[ends]
     return _band(x, values)
+
+
+def share_from_differences(groups: Sequence[Group]) -> float:
+    """Of the updates with a measured noise scale, the share where it is from differences."""
+    updates = [run.updates for group in groups for run in group.runs]
+    known = [np.isfinite(columns["gradient_noise"]) for columns in updates]
+    marked = [columns["from_differences"] > 0 for columns in updates]
+    count = sum(int(here.sum()) for here in known)
+    both = sum(int((m & here).sum()) for m, here in zip(marked, known, strict=True))
+    return both / count if count else 0.0
 
 
 def _clocks(run: Run) -> dict[str, Floats]:

@@ -20,6 +20,7 @@ from hvd_lbt.report.curves import (
     in_percent,
     measured,
     scheduled,
+    share_from_differences,
 )
 from hvd_lbt.report.rank_strip import caption, strips, traces
 from hvd_lbt.report.runs import Group
@@ -97,11 +98,18 @@ def gradient_noise(groups: Sequence[Group]) -> Figure | None:
     bands = [measured(group, "gradient_noise") for group in groups]
     if not any(len(band.mean) for band in bands):
         return None
+    share = share_from_differences(groups)
+    marked = (
+        f" {share:.0%} of it is from differences of consecutive updates, which are one micro-batch "
+        "each: less exact."
+        if share
+        else ""
+    )
     return _curves(
         groups,
         name="gradient_noise",
         title="Measured tr(Σ)/|G|², samples",
-        caption="The gradient's simple noise scale.",
+        caption="The gradient's simple noise scale." + marked,
         bands=bands,
         scale="log",
     )

@@ -59,6 +59,11 @@ def texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(text, value))
 
 
+def noise_source(value: Any) -> bool:
+    """Whether a value says how the gradient's noise was measured; null: it was not."""
+    return value in (None, "parts", "differences")
+
+
 def seconds_by_rank(value: Any) -> bool:
     """Whether a value is a list of seconds, one a rank."""
     return isinstance(value, list) and len(value) > 1 and all(map(number(0), value))
@@ -170,6 +175,7 @@ OPTIONAL: dict[str, dict[str, Fits]] = {
     "run": {"hosts": texts, "revision": text, "resumed_at_update": whole(0), "time": number(0)},
     "update": {
         "gradient_noise": number(none=True),
+        "gradient_noise_from": noise_source,
         "seconds": number(0),
         "seconds_left": number(0, none=True),
         "skipped_samples": whole(0),

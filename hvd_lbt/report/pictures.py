@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from hvd_lbt.report.curves import BINS, Band, Floats, evaluated, in_percent, measured, scheduled
+from hvd_lbt.report.curves import (
+    BINS,
+    Band,
+    Floats,
+    evaluated,
+    in_percent,
+    measured,
+    scheduled,
+    share_from_differences,
+)
 from hvd_lbt.report.rank_strip import CAPTION, draw_ranks
 from hvd_lbt.report.runs import Group
 from hvd_lbt.terminal import printable
@@ -73,7 +82,9 @@ def draw_schedule(groups: Sequence[Group]) -> bytes:
     ]
     noises = [measured(group, "gradient_noise") for group in groups]
     if any(len(noise.mean) for noise in noises):
-        rows.append(("measured tr(Σ)/|G|²,\nsamples", noises, _log_if_decades))
+        share = share_from_differences(groups)
+        marked = f"\n({share:.0%} from differences)" if share else ""
+        rows.append((f"measured tr(Σ)/|G|²,\nsamples{marked}", noises, _log_if_decades))
     return _picture(groups, rows, height=2.6)
 
 

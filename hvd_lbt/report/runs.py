@@ -211,6 +211,8 @@ class _Reading:
         columns = {key: np.array([r[key] for r in updates], np.float64) for key in KEYS["update"]}
         noise = [record.get("gradient_noise") for record in updates]  # not in old runs' lines
         columns["gradient_noise"] = np.array(noise, np.float64)
+        sources = [record.get("gradient_noise_from") for record in updates]
+        columns["from_differences"] = np.array([s == "differences" for s in sources], np.float64)
         for key in ("seconds", "seconds_left"):
             columns[key] = np.array([record.get(key) for record in updates], np.float64)
         end = self.parts[-1].end

@@ -33,6 +33,13 @@ def count_ghost_batches(samples: int, ghost_batch: int) -> int:
     return max(1, whole + (rest > 1))
 
 
+def count_micro_batches(global_batch: int, *, size: int, micro_batch: int, ghost_batch: int) -> int:
+    """Micro-batches of one update on all `size` workers together, as `make_layout` cuts them."""
+    each, more = divmod(count_ghost_batches(global_batch, ghost_batch), size)
+    at_once = micro_batch // ghost_batch
+    return more * -(-(each + 1) // at_once) + (size - more) * -(-each // at_once)
+
+
 def largest_share(global_batch: int, ghost_batch: int, workers: int) -> int:
     """Samples of the worker with most ghost batches, each counted as whole."""
     return -(-count_ghost_batches(global_batch, ghost_batch) // workers) * ghost_batch

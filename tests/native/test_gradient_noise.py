@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_lbt.measure.gradient_noise import GradientNoise, simple_noise_scale
+from hvd_lbt.measure.gradient_noise import MEMORY, GradientNoise, simple_noise_scale
 from hvd_lbt.optim import FusedSGD
 from hvd_lbt.reducer import GradientReducer
 from hvd_lbt.world import World
@@ -51,8 +51,9 @@ class Measured:
     def begin_again(self):
         self.noise = GradientNoise(self.model, self.every)
 
-    def update(self, parts, factor: float = 1.0):
-        self.noise.begin(self.updates, sum(parts))
+    def update(self, parts, factor: float = 1.0, setting=None, known: bool = True):
+        one_part = known and len(parts) == 1
+        self.noise.begin(self.updates, sum(parts), one_part=one_part, setting=setting)
         for index, count in enumerate(parts):
             drawn = torch.randn(count, SIZE, generator=self.generator)
             loss = factor * self.model.loss(self.mean + drawn * self.deviation) / sum(parts)
@@ -60,7 +61,7 @@ class Measured:
             self.noise.add_part(count)
         self.noise.send(lambda tensor, name: tensor)  # one rank's sum is the world's
         self.optimizer.step()
-        self.noise.end(self.reducer.squared_norm)
+        self.noise.end(self.reducer)
         self.updates += 1
 
 
@@ -106,10 +107,11 @@ def test_updates_that_were_skipped_or_sent_again_do_not_count():
     assert measured.noise.averages.isfinite().all()
 
 
-def test_one_part_tells_nothing_and_what_was_told_is_not_told_on():
+def test_one_part_that_is_not_known_to_be_one_tells_nothing():
+    """Where the layout of the other ranks is not known, K is on the device only."""
     measured = Measured()
     for _ in range(2):
-        measured.update([8])
+        measured.update([8], known=False)
         assert measured.noise.averages.isnan().all()
         assert simple_noise_scale(*measured.noise.averages.tolist()) is None
         measured.update([4, 4])
@@ -161,3 +163,114 @@ def test_no_noise_scale_while_the_gradient_drowns():
     assert simple_noise_scale(2.0, 0.5) == 4.0
     assert simple_noise_scale(2.0, -0.1) is None
     assert simple_noise_scale(float("nan"), float("nan")) is None
+
+
+# -- one part in the whole update: the difference to the update before ----------------------------
+
+
+class Kept(Measured):
+    """Updates that are one part, with the gradient of each as the wire had it."""
+
+    def one(self, samples: int, **options) -> torch.Tensor:
+        self.update([samples], **options)
+        scale = self.reducer.applied_scale or 1
+        sums = [wire.float() / scale for wire in self.reducer.wire_buffers]
+        return torch.cat(sums)
+
+
+@pytest.mark.parametrize("wire", ["fp16", "fp32"])
+def test_two_updates_of_one_part_are_compared(wire):
+    """Literally |g - h|²/(1/B' + 1/B) and g·h, though the batch grows between them."""
+    measured = Kept(wire)
+    first, second = measured.one(8), measured.one(24)
+    assert int(measured.noise.measurements) == 1
+    assert measured.noise.source == "differences"
+    variance = (second - first).square().sum() / (1 / 8 + 1 / 24)
+    found = measured.noise.averages
+    torch.testing.assert_close(found[0], variance, rtol=1e-5, atol=0)
+    rounding = 1e-6 * float(first.square().sum())
+    torch.testing.assert_close(found[1], first @ second, rtol=1e-5, atol=rounding)
+
+
+def test_the_update_before_each_measured_one_is_kept_and_no_other():
+    measured = Kept(every=4)
+    counts, kept = [], []
+    for _ in range(10):
+        measured.one(8)
+        counts.append(int(measured.noise.measurements))
+        kept.append(measured.noise._kept is not None)
+    assert counts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert kept == [False, False, False, True, False, False, False, True, False, False]
+    never = Kept(every=0)
+    for _ in range(3):
+        never.one(8)
+    assert never.noise._kept is None
+    assert never.noise.averages.isnan().all()
+
+
+def test_pairs_with_a_skipped_update_or_one_sent_again_or_of_two_settings_do_not_count():
+    measured = Kept("fp16")
+    counts = []
+    for options in (
+        {},  # nothing before it
+        {},
+        {"factor": 1e6},  # does not fit the wire: sent again in fp32
+        {},
+        {},
+        {"factor": float("nan")},
+        {},
+        {},
+        {"setting": (32, 24)},  # another ghost batch or image size
+        {"setting": (32, 24)},
+    ):
+        measured.one(8, **options)
+        counts.append(int(measured.noise.measurements))
+    assert measured.reducer.stats()["overflows"] == 1
+    assert measured.reducer.stats()["skipped"] == 1
+    assert counts == [0, 1, 1, 1, 2, 2, 2, 3, 3, 4]
+
+
+def test_averages_of_parts_and_of_differences_are_not_mixed():
+    measured = Kept()
+
+    for _ in range(4):
+        measured.update([4, 4])
+    of_parts = measured.noise.averages
+    measured.one(8)  # the first of a pair: nothing is measured
+    assert torch.equal(measured.noise.averages, of_parts)
+    assert measured.noise.source == "parts"
+    measured.one(8)
+    assert measured.noise.source == "differences"
+    assert float(measured.noise._averages[2]) == pytest.approx(1 - MEMORY)  # begun anew
+    assert int(measured.noise.measurements) == 5  # never from 0 again
+    measured.update([4, 4])
+    assert measured.noise.source == "parts"
+    assert float(measured.noise._averages[2]) == pytest.approx(1 - MEMORY)
+    assert measured.noise._kept is None  # its memory is free
+
+
+def test_a_resumed_run_loses_the_pair_that_it_divides_and_no_other():
+    for done, lost in ((4, 1), (5, 0), (6, 0)):
+        whole, resumed = Kept(every=4), Kept(every=4)
+        for _ in range(9):
+            whole.one(8)
+        for update in range(9):
+            if update == done:
+                state = resumed.noise.state_dict()
+                resumed.begin_again()
+                resumed.noise.load_state_dict(state)
+            resumed.one(8)
+        assert int(whole.noise.measurements) - int(resumed.noise.measurements) == lost
+        assert resumed.noise.source == "differences"
+        assert torch.equal(resumed.noise.averages, whole.noise.averages) == (lost == 0)
+
+
+def test_out_of_memory_frees_the_kept_gradient():
+    measured = Kept(every=2)
+    measured.one(8)
+    measured.one(8)
+    assert measured.noise._kept is not None
+    measured.noise.discard()
+    assert measured.noise._kept is None
+    measured.one(8)
+    assert int(measured.noise.measurements) == 0

@@ -92,6 +92,7 @@ def test_lines_that_are_no_event_are_named(run, line, reason):
         ("update", {"images_per_second": 0}, "update: images_per_second is 0"),
         ("update", {"data_wait": 1.5}, "update: data_wait is 1.5"),
         ("update", {"gradient_noise": "?"}, 'update: gradient_noise is "?"'),
+        ("update", {"gradient_noise_from": 3}, "update: gradient_noise_from is 3"),
         ("update", {"skipped_samples": -1}, "update: skipped_samples is -1"),
         ("update", {"time": "now"}, 'update: time is "now"'),
         ("eval", {"top1": 3}, "eval: top1 is 3"),

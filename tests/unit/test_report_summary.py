@@ -6,8 +6,9 @@ import numpy as np
 from written_runs import write_run
 
 from hvd_lbt.report.colours import FREE, assign
-from hvd_lbt.report.curves import AXES, Band
-from hvd_lbt.report.figures import FIGURES, POINTS, _points
+from hvd_lbt.report.curves import AXES, Band, share_from_differences
+from hvd_lbt.report.figures import FIGURES, POINTS, _points, gradient_noise
+from hvd_lbt.report.pictures import draw_schedule
 from hvd_lbt.report.runs import group_runs, read_run
 from hvd_lbt.report.summary import duration, summarise
 
@@ -123,6 +124,21 @@ def test_curves_have_one_x_for_each_axis(tmp_path):
         for trace in figure.traces:
             assert list(trace["x"]) == list(AXES)
             assert {len(x) for x in trace["x"].values()} == {len(trace["y"])}
+
+
+def test_the_share_of_the_noise_that_is_from_differences_is_told(tmp_path):
+    folder = write_run(tmp_path / "run", updates=60)  # the noise is measured from update 20 on
+
+    def mark(line):
+        source = "differences" if line.get("update", 0) < 30 else "parts"
+        return line | {"gradient_noise_from": source} if line["event"] == "update" else line
+
+    edit(folder, mark)
+    groups = group_runs([read_run(folder)])
+    assert share_from_differences(groups) == 0.25
+    assert "25% of it is from differences" in gradient_noise(groups).caption
+    draw_schedule(groups)
+    assert share_from_differences(group_runs([read_run(write_run(tmp_path / "old"))])) == 0
 
 
 def test_durations_read_as_people_say_them():

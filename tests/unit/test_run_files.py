@@ -42,6 +42,29 @@ def train(log: RunLog, updates: range) -> None:
         log.flush()
 
 
+@pytest.mark.parametrize("source", ["parts", "differences"])
+def test_how_the_gradients_noise_was_measured_is_marked(tmp_path, source, monkeypatch):
+    scalars = []
+    monkeypatch.setattr(RunLog, "_log", lambda self, update, values: scalars.append(values))
+    log = log_of(tmp_path / "run")
+    values = {
+        "reducer": {"wire_scale": 1.0, "underflow": 0.0, "overflows": 0, "skipped": 0},
+        "times": torch.ones(1, 4),
+        "noise_from": source,
+        "data_wait": 0.0,
+    }
+    for number, noise in enumerate(([float("nan")] * 2, [6.0, 2.0])):
+        log.update(log.plan.at(number), torch.ones(3), noise=torch.tensor(noise), **values)
+    log.flush()
+    log.close()
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    told = [(line["gradient_noise"], line["gradient_noise_from"]) for line in lines]
+    assert told == [(None, None), (3.0, source)]
+    tag = "plan/gradient_noise" + ("_differences" if source == "differences" else "")
+    assert scalars[1][tag] == 3.0
+    assert len([key for key in scalars[1] if "gradient_noise" in key]) == 1
+
+
 def test_a_full_log_disk_ends_no_training_and_loses_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     with small_disk(out, "32k"):
