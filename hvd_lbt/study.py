@@ -19,7 +19,7 @@ from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies import bayesian_evidence, published
 from hvd_lbt.studies.trainings import Stopped, run_study, shortened
 
-SCALES = ("laptop", "gpu", "cluster")
+SCALES = ("laptop", "cifar10", "gpu", "cluster")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="[runs/studies]")
-    parser.add_argument("--data", type=Path, help="the images of the gpu and cluster scales")
+    parser.add_argument("--data", type=Path, help="the images of the other scales than laptop")
     parser.add_argument(
         "--jobs", type=count, help="trainings at a time [cores; 1 above laptop scale]"
     )

@@ -15,7 +15,8 @@ PALETTE = (
 )
 COLOURS = tuple(light for light, _ in PALETTE)
 DASHES = ("-", "--", ":", "-.")
-POLICIES = {"decay_lr": 0, "grow_batch": 1, "hybrid": 2}  # the others are free for more groups
+# The others are free for more groups.
+POLICIES = {"decay_lr": 0, "grow_batch": 1, "hybrid": 2, "measured": 3}
 FREE = tuple(range(len(POLICIES), len(PALETTE)))
 
 

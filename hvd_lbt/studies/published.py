@@ -392,6 +392,70 @@ def _warmup_or_not(
     )
 
 
+# ------------------------------------------------------------------------------- measured growth
+
+
+def judge_measured_growth(found: Results) -> Verdict:
+    """The measured batch is as accurate as the planned one, in as many updates or fewer."""
+    planned, own = (find(found, name) for name in ("planned_grow_batch", "measured"))
+    constant = [arm for arm in found["arms"] if arm["name"].startswith("constant")]
+    against = difference(own, planned)
+    within = math.isnan(against[1]) or against[0] >= -against[1]
+    # The constant batch with the fewest updates of those that are as accurate as the smallest.
+    as_good = [
+        arm
+        for arm in constant
+        if math.isnan((d := difference(arm, constant[0]))[1]) or d[0] >= -d[1]
+    ]
+    best = min(as_good, key=lambda arm: float(arm["updates"]))
+    return Verdict(
+        held=bool(within and own["updates"] <= planned["updates"]),
+        sentence=f"The measured batch: {mean(own):.2f} % in {own['updates']:,} updates (mean over "
+        f"the seeds), against the planned one {format_difference(against)} points and "
+        f"{planned['updates']:,} updates. The best constant batch, {best['label']}: "
+        f"{mean(best):.2f} % in {best['updates']:,} updates; the measured one against it "
+        f"{format_difference(difference(own, best))} points. (Held: within one standard error of "
+        "the planned recipe or above, in as many updates or fewer.)",
+    )
+
+
+def _measured_growth(
+    recipe: str, digits: Digits | None, batches: Sequence[int], lr: float, *overrides: str
+) -> tuple[Arm, ...]:
+    """batches: constant ones, the first that of the recipe; their lr is in proportion."""
+    measured = (
+        "schedule.policy=measured",
+        f"schedule.max_lr={2 * lr:g}",
+        f"schedule.overhead={OVERHEAD}",
+        "run.noise_every=1",
+    )
+    settings = {
+        **{
+            f"constant_{batch}_decay_lr": (
+                f"B {batch}, lr {lr * batch / batches[0]:g}, decay the lr",
+                (
+                    "schedule.policy=decay_lr",
+                    f"schedule.global_batch={batch}",
+                    f"schedule.lr={lr * batch / batches[0]:g}",
+                ),
+            )
+            for batch in batches
+        },
+        "planned_grow_batch": ("grow the batch at the milestones", ("schedule.policy=grow_batch",)),
+        "measured": ("grow the batch by measurement", measured),
+    }
+    return tuple(
+        Arm(
+            name=name,
+            label=label,
+            recipe=recipe,
+            digits=digits,
+            overrides=(*overrides, *own),
+        )
+        for name, (label, own) in settings.items()
+    )
+
+
 def _both_scales(
     name: str,
     title: str,
@@ -410,6 +474,18 @@ def _both_scales(
         large(scale="gpu", setting=CIFAR, arms=arms[1], seeds=(0, 1, 2)),
     )
 
+
+OVERHEAD = 256  # samples
+MEASURED_GROWTH = (
+    "Pollux (Qiao et al., OSDI 2021, eq. 4 and 6): the batch that takes least time follows from "
+    "the gradient's noise and the cost of an update, B* = √(φ·a/b); no milestone has to say how "
+    "large it may be."
+)
+LR_CAP = (
+    "The measured batch starts as the planned one and may raise the lr to twice the first. An "
+    f"update's overhead is set to that of {OVERHEAD} samples, so that no time of this machine "
+    "decides; it was chosen once, before the first run."
+)
 
 ALL = (
     *_both_scales(
@@ -524,6 +600,52 @@ ALL = (
             _warmup_or_not(CIFAR10, None, lr=0.1, batch=128, times=16, epochs=10),
         ),
         judge_warmup_or_not,
+    ),
+    Study(
+        name="measured_growth",
+        scale="laptop",
+        title="The batch that the gradient asks for",
+        claim=MEASURED_GROWTH,
+        setting=LAPTOP.format(
+            images=SPLIT,
+            ghost=16,
+            theirs="",
+            more="Noise falls 4× at epochs 9, 18 and 24 of 30; batches of at most 120 (N/10). "
+            + LR_CAP,
+        ),
+        arms=_measured_growth(
+            "digits_4px",
+            DIGITS,
+            (16, 32, 64),
+            0.2,
+            "schedule.max_global_batch=120",
+            "layout.micro_batch=16",
+        ),
+        seeds=(0, 1, 2, 3, 4),
+        draw=draw_curves,
+        judge=judge_measured_growth,
+    ),
+    Study(
+        name="measured_growth",
+        scale="cifar10",
+        title="The batch that the gradient asks for, on CIFAR-10",
+        claim=MEASURED_GROWTH,
+        setting="Here: the CIFAR-10 images of --data, a ResNet-18 of width 16 with ghost batches "
+        f"of 64, 12 epochs in which the noise falls 4× at epochs 7 and 10. {LR_CAP}",
+        arms=_measured_growth(
+            "cifar10_small",
+            None,
+            (128, 256, 512),
+            0.1,
+            "schedule.epochs=12",
+            "schedule.milestones=[{epoch: 7, factor: 4}, {epoch: 10, factor: 4}]",
+            "schedule.max_global_batch=512",
+            "layout.micro_batch=64",
+            "run.eval_every=3",
+        ),
+        seeds=(0, 1, 2, 3, 4),
+        draw=draw_curves,
+        judge=judge_measured_growth,
     ),
     Study(
         name="optimum_batch",

@@ -290,7 +290,7 @@ def collect(study: Study, runs: dict[Path, Run]) -> Results:
                 "first_lr": recipe.schedule.first_lr,
                 "momentum": recipe.schedule.first_momentum,
                 "train_samples": own[0].about["plan"]["train_samples"],
-                "updates": own[0].planned,
+                "updates": round(np.mean([run.planned for run in own])),
                 "seeds": [run.seed for run in own],
                 "finals": [100 * run.final for run in own if run.final is not None],
                 "final_losses": [_last_loss(run) for run in own],
