@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -10,6 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hvd_lbt import ops
+
+
+# torch wraps these so that the first call imports all of torch.compile, 843 modules: a quarter of
+# the CPU time that a rank takes to start, for methods that nothing here compiles.
+_add_param_group, _state_dict, _load_state_dict = map(
+    unwrap, (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ class FusedSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group's settings and weights are checked."""
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         number = len(self.param_groups) - 1
         try:
             self._check_group(number)
@@ -84,6 +92,14 @@ class FusedSGD(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        return _state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's."""
+        _load_state_dict(self, state_dict)
 
     def _check_group(self, number: int) -> None:
         group = self.param_groups[number]

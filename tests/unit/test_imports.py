@@ -152,3 +152,16 @@ def test_no_circle_between_files():
         order.prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' → '.join(error.args[1])}")
+
+
+def test_an_optimizer_that_is_not_compiled_does_not_import_the_compiler():
+    """Every rank of every run starts with it."""
+    program = (
+        "import sys, torch; from hvd_lbt.optim import FusedSGD; "
+        "optimizer = FusedSGD([torch.nn.Parameter(torch.zeros(2))], momentum=0.9); "
+        "optimizer.load_state_dict(optimizer.state_dict()); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    words = [sys.executable, "-c", program]
+    ended = subprocess.run(words, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert ended.stdout.strip() == "False"
