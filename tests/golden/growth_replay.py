@@ -402,9 +402,9 @@ class Hours:
     """Hours beyond those of the best constant batch, as shares of them (below 0: fewer).
 
     rule: as it is, from 20 images a GPU; from_200: from a batch of 200. within_noise: of the best
-    schedule that has B ≤ φ. wider: the rule with B ≤ 4φ. sooner: from 200 with B ≤ 4φ, decided 64
-    times an epoch. half, twice, trained: a constant batch of half and of twice the best, and of the
-    largest that was trained.
+    schedule that has B ≤ φ. wider: the rule with B ≤ 4φ. sooner: from 200, decided 64 times an
+    epoch. both: from 200, with B ≤ 4φ too. half, twice, trained: a constant batch of half and of
+    twice the best, and of the largest that was trained.
     """
 
     best_batch: int
@@ -414,6 +414,7 @@ class Hours:
     within_noise: float
     wider: float
     sooner: float
+    both: float
     half: float
     twice: float
     trained: float
@@ -438,7 +439,8 @@ def hours(noise: Noise, cluster: Cluster) -> Hours:
         from_200=of(replay(noise, cluster.overhead, first=UNIT)),
         within_noise=within / best - 1,
         wider=of(replay(noise, cluster.overhead, first=first, bound=WIDER)),
-        sooner=of(replay(noise, cluster.overhead, first=UNIT, bound=WIDER, per_epoch=SOONER)),
+        sooner=of(replay(noise, cluster.overhead, first=UNIT, per_epoch=SOONER)),
+        both=of(replay(noise, cluster.overhead, first=UNIT, bound=WIDER, per_epoch=SOONER)),
         half=of(constant(noise, round(batch / 2))),
         twice=of(constant(noise, 2 * batch)),
         trained=of(constant(noise, series()[-1].batch)),
@@ -447,15 +449,16 @@ def hours(noise: Noise, cluster: Cluster) -> Hours:
 
 @cache
 def hours_modelled(gpus: int) -> dict[str, tuple[float, float]]:
-    """The least and the most of Hours.rule, .wider, and of the rule with `comparing`, over φ."""
+    """The least and the most over φ of Hours.rule and .wider, each also with `comparing`."""
     cluster = modelled(gpus)
-    found: dict[str, list[float]] = {"rule": [], "wider": [], "comparing": []}
+    found: dict[str, list[float]] = {name: [] for name in ("rule", "comparing", "wider", "both")}
     for noise in noises().values():
         _, best = best_constant(noise, cluster)
         for name, of, bound in (
             ("rule", cluster, 1.0),
+            ("comparing", comparing(cluster), 1.0),
             ("wider", cluster, WIDER),
-            ("comparing", comparing(cluster), WIDER),
+            ("both", comparing(cluster), WIDER),
         ):
             run = replay(noise, of.overhead, first=cluster.first, bound=bound)
             found[name].append(run.hours(cluster) / best - 1)

@@ -72,23 +72,25 @@ def test_beyond_the_noise_the_bound_costs_updates():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "rule", "bounded", "wider"),
+    ("gpus", "rule", "bounded", "wider", "both"),
     [
-        (8, (-0.034, 0.001), (-0.06, 0.0), (-0.034, 0.001)),
-        (64, (-0.05, 0.035), (-0.07, 0.02), (-0.075, 0.0)),
-        (256, (0.15, 0.31), (0.14, 0.33), (-0.07, 0.0)),
+        (8, (-0.034, 0.001), (-0.06, 0.0), (-0.034, 0.001), (-0.05, -0.005)),
+        (64, (-0.05, 0.035), (-0.07, 0.02), (-0.075, 0.0), (-0.06, 0.002)),
+        (256, (0.15, 0.31), (0.14, 0.33), (-0.07, 0.0), (-0.01, 0.025)),
     ],
 )
-def test_hours_against_the_best_constant_batch(gpus, rule, bounded, wider):
+def test_hours_against_the_best_constant_batch(gpus, rule, bounded, wider, both):
     """On 256 GPUs, and for two of eight φ on 64, the best constant batch takes fewer hours.
 
     There B ≤ φ decides, not the rule: with 4φ it is at least equal everywhere.
     """
     cluster = next(cluster for cluster in replayed.clusters() if cluster.gpus == gpus)
     found = [replayed.hours(noise, cluster) for noise in replayed.noises().values()]
-    for name, (least, most) in {"rule": rule, "within_noise": bounded, "wider": wider}.items():
+    ranges = {"rule": rule, "within_noise": bounded, "wider": wider, "both": both}
+    for name, (least, most) in ranges.items():
         values = [getattr(hours, name) for hours in found]
         assert least <= min(values) <= max(values) <= most, name
+    assert all(hours.sooner < hours.from_200 for hours in found)
     # Nobody knows the best constant batch: half or twice of it costs more than the rule may.
     assert all(min(hours.half, hours.twice) > 0.06 for hours in found)
     # On 256 GPUs the best constant batch is beyond what was trained; the largest that was takes
