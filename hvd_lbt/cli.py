@@ -27,6 +27,10 @@ COMMANDS = {
     "plan": ("hvd_lbt.show_plan", "print the stages of a recipe before anything runs"),
     "recipes": ("hvd_lbt.show_recipes", "list the shipped recipes, or print one as a whole"),
     "evaluate": ("hvd_lbt.evaluate", "evaluate a checkpoint on a test split"),
+    "probe": (
+        "hvd_lbt.critical_batch",
+        "measure the critical batch at a checkpoint, by branching with larger ones",
+    ),
     "export": ("hvd_lbt.export", "write a checkpoint's weights alone, for other programs"),
     "report": ("hvd_lbt.report", "draw one or more runs as HTML and PNG"),
     "study": ("hvd_lbt.study", "re-make a claim of the papers, and say whether it held"),

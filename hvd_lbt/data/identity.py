@@ -89,8 +89,12 @@ def compare_copies(of_ranks: Sequence[tuple[str, Mapping[str, Identity]]]) -> No
     )
 
 
-def same_at_resume(state: Mapping, splits: Mapping[str, Identity], run: str) -> str:
+def same_at_resume(
+    state: Mapping, splits: Mapping[str, Identity], run: str, *, resumes: bool = True
+) -> str:
     """Raise UserError if a checkpoint's state was trained on other data; what to say, or nothing.
+
+    resumes: whether the run itself goes on, for the advice.
 
     A folder that was converted to shards may replace it: its order and labels are the same, and
     what tells its samples apart is not. A checkpoint of before 0.2 has its number of images alone.
@@ -105,10 +109,10 @@ def same_at_resume(state: Mapping, splits: Mapping[str, Identity], run: str) -> 
         converted=True,
     )
     if differences:
+        resume, another = ("Resume with", ", or choose another --out") if resumes else ("Give", "")
         raise UserError(
-            f"{run} was trained on other data: {differences} are not the same. Resume with the "
-            "same --data (it may lie elsewhere, or be converted by `hvd_lbt data convert`), or "
-            "choose another --out."
+            f"{run} was trained on other data: {differences} are not the same. {resume} the same "
+            f"--data (it may lie elsewhere, or be converted by `hvd_lbt data convert`){another}."
         )
     moved = old["train"]["kind"], splits["train"]["kind"]
     if moved[0] != moved[1]:

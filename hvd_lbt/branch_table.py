@@ -1,0 +1,101 @@
+"""What the branches of a checkpoint came to, as a table and as sentences for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from hvd_lbt.measure.branch_verdict import CONFIDENCE, Compared, Verdict
+
+WHAT = {"noise": "g kept", "lr": "lr kept"}
+Branches = Mapping[int, Sequence[Mapping[str, Any]]]
+
+
+def render_branches(title: str, found: Mapping[str, tuple[Branches, Verdict]]) -> Table:
+    """One row for each batch; found: by what was kept, the branches of each batch and the verdict.
+
+    Losses and accuracies are means over the seeds.
+    """
+    table = Table(title=title)
+    for heading in (
+        *("kept", "global batch", "updates", "lr", "train loss", "test loss", "top-1, %"),
+        *("above B's by", f"{CONFIDENCE:.0%} interval", "outcome"),
+    ):
+        table.add_column(heading, justify="right")
+    for kept, (branches, verdict) in found.items():
+        compared = {one.batch: one for one in verdict.compared}
+        for batch, its in branches.items():
+            if batch in compared:
+                table.add_row(WHAT[kept], *_measured(batch, its), *_compared(compared[batch]))
+            elif kept == "noise":
+                table.add_row("both", *_measured(batch, its), "", "", "is B")
+    return table
+
+
+def sentences(
+    branches: Branches, verdicts: Mapping[str, Verdict], gradient_noise: float | None
+) -> list[str]:
+    """The verdict in words; gradient_noise: tr(Σ)/|G|² of the checkpoint, in samples."""
+    batches, seeds = list(branches), len(next(iter(branches.values())))
+    noise = next(iter(verdicts.values())).noise
+    lines = [
+        f"The noise of the seeds, the standard deviation of B's test losses, is {noise:.4f}.",
+        *(f"{WHAT[kept]}: {_verdict(its, batches, seeds)}" for kept, its in verdicts.items()),
+    ]
+    measured = "not known: see docs/gradient_noise.md, or set run.noise_every"
+    if gradient_noise is not None:
+        measured = f"{gradient_noise:,.4g} samples"
+    lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")
+    flat = [one for its in branches.values() for one in its]
+    if bad := sum(one["bad_updates"] for one in flat):
+        lines.append(f"{bad:,} updates were dropped: their gradients were infinite or NaN.")
+    if skipped := sum(one["skipped_samples"] for one in flat):
+        lines.append(f"{skipped:,} samples were skipped: they cannot be decoded.")
+    return lines
+
+
+def _verdict(verdict: Verdict, batches: Sequence[int], seeds: int) -> str:
+    base, critical, losing = batches[0], verdict.critical, verdict.losing
+    untold = [
+        one.batch
+        for one in verdict.compared
+        if one.outcome == "cannot be told"
+        and one.batch > (critical or 0)
+        and (losing is None or one.batch < losing)
+    ]
+    unclear = ""
+    if untold:
+        named = ", ".join(f"{batch:,}" for batch in untold)
+        unclear = f" {named} cannot be told: take more --seeds than {seeds}, or longer --epochs."
+    if critical is None and losing is None:
+        return f"the critical batch cannot be told.{unclear}"
+    if critical is None:
+        return (
+            f"{losing:,} loses already; nothing above B = {base:,} is shown to lose nothing."
+            f"{unclear}"
+        )
+    found = f"the largest batch that loses nothing is {critical:,}"
+    if losing is not None:
+        return f"{found}; {losing:,} loses.{unclear}"
+    if untold:
+        return f"{found}.{unclear}"
+    return f"{found}, the largest of the probe: the critical batch is not below it."
+
+
+def _measured(batch: int, its: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = its[0]
+    diverged = sum(one["diverged"] for one in its)
+    cells = [f"{batch:,}", f"{first['updates']:,}", f"{first['lr']:.4g}"]
+    if diverged:
+        return [*cells, "", f"{diverged} of {len(its)} diverged", ""]
+    train = [one["train_loss"] for one in its]
+    cells.append("" if None in train else f"{mean(train):.4f}")
+    cells.append(f"{mean(one['loss'] for one in its):.4f}")
+    return [*cells, f"{100 * mean(one['top1'] for one in its):.2f}"]
+
+
+def _compared(one: Compared) -> list[str]:
+    if abs(one.difference) == float("inf"):
+        return ["", "", one.outcome]
+    return [f"{one.difference:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}", one.outcome]

@@ -1,0 +1,93 @@
+"""The picture of a probe: what each global batch loses over the same samples."""
+
+import io
+from collections.abc import Mapping
+from math import isfinite
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from hvd_lbt.branch_table import WHAT, Branches
+from hvd_lbt.measure.branch_verdict import CONFIDENCE, Verdict
+from hvd_lbt.report.colours import COLOURS
+from hvd_lbt.report.pictures import FONTS
+
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+
+
+def draw_branches(
+    title: str,
+    found: Mapping[str, tuple[Branches, Verdict]],
+    gradient_noise: float | None,
+) -> bytes:
+    """A PNG: test loss minus that of B with its interval, and the losses themselves.
+
+    found: by what was kept, the branches of each batch and the verdict. gradient_noise:
+    tr(Σ)/|G|², in samples.
+    """
+    with matplotlib.rc_context(FONTS):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for place, (kept, (branches, verdict)) in enumerate(found.items()):
+            _differences(left, branches, verdict, WHAT[kept], COLOURS[place], 1 + 0.04 * place)
+            _losses(right, branches, WHAT[kept], COLOURS[place])
+        noise = next(iter(found.values()))[1].noise
+        left.axhline(0, color="#555", linewidth=1)
+        left.axhspan(
+            -noise, noise, color="#555", alpha=0.12, linewidth=0, label="seeds of B, ±1 sd"
+        )
+        left.set_ylabel(f"test loss − that of B,\nmean and {CONFIDENCE:.0%} interval")
+        right.set_ylabel("loss, mean of the seeds")
+        batches = list(next(iter(found.values()))[0])
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            if gradient_noise is not None:
+                axes.axvline(gradient_noise, color=COLOURS[2], linestyle=":", label="tr(Σ)/|G|²")
+            axes.set_xticks(batches)
+            axes.xaxis.set_major_formatter(PLAIN)
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel("global batch")
+            axes.legend(frameon=False, fontsize=10)
+        figure.suptitle(title, fontsize=12)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _differences(
+    axes: Axes, branches: Branches, verdict: Verdict, label: str, colour: str, shift: float
+) -> None:
+    base = [one["loss"] for one in next(iter(branches.values()))]
+    shown = [one for one in verdict.compared if isfinite(one.difference) and isfinite(one.low)]
+    x = [one.batch * shift for one in shown]
+    axes.errorbar(
+        x,
+        [one.difference for one in shown],
+        [
+            [one.difference - one.low for one in shown],
+            [one.high - one.difference for one in shown],
+        ],
+        fmt="o",
+        color=colour,
+        capsize=4,
+        label=label,
+    )
+    for at, one in zip(x, shown, strict=True):
+        its = [branch["loss"] for branch in branches[one.batch]]
+        points = [own - of_base for own, of_base in zip(its, base, strict=True)]
+        axes.plot([at] * len(points), points, ".", color=colour, alpha=0.35)
+
+
+def _losses(axes: Axes, branches: Branches, label: str, colour: str) -> None:
+    for key, dash, what in (("loss", "-", "test"), ("train_loss", "--", "train")):
+        points = [
+            (batch, sum(one[key] for one in its) / len(its))
+            for batch, its in branches.items()
+            if not any(one["diverged"] or one[key] is None for one in its)
+        ]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), f"o{dash}", color=colour, label=f"{what}, {label}"
+            )
