@@ -36,7 +36,11 @@ def render_branches(title: str, found: Mapping[str, tuple[Branches, Verdict]]) -
 def sentences(
     branches: Branches, verdicts: Mapping[str, Verdict], gradient_noise: float | None
 ) -> list[str]:
-    """The verdict in words; gradient_noise: tr(Σ)/|G|² of the checkpoint, in samples."""
+    """The verdict in words.
+
+    branches: of one kind, for what all have in common. gradient_noise: tr(Σ)/|G|² of the
+    checkpoint, in samples.
+    """
     batches, seeds = list(branches), len(next(iter(branches.values())))
     noise = next(iter(verdicts.values())).noise
     lines = [
@@ -47,6 +51,14 @@ def sentences(
     if gradient_noise is not None:
         measured = f"{gradient_noise:,.4g} samples"
     lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")
+    short = [batch for batch, its in branches.items() if _is_short(its[0])]
+    if short:
+        settled = 1 / (1 - next(iter(branches.values()))[0]["momentum"])
+        lines.append(
+            f"From B = {short[0]:,} on, the branches have fewer than 1/(1−m) = {settled:.3g} "
+            "updates: much of their gradients is in the momentum buffer still. Longer --epochs "
+            "give it time."
+        )
     flat = [one for its in branches.values() for one in its]
     if bad := sum(one["bad_updates"] for one in flat):
         lines.append(f"{bad:,} updates were dropped: their gradients were infinite or NaN.")
@@ -56,31 +68,27 @@ def sentences(
 
 
 def _verdict(verdict: Verdict, batches: Sequence[int], seeds: int) -> str:
-    base, critical, losing = batches[0], verdict.critical, verdict.losing
+    critical, losing = verdict.critical, verdict.losing
     untold = [
-        one.batch
+        f"{one.batch:,}"
         for one in verdict.compared
         if one.outcome == "cannot be told"
         and one.batch > (critical or 0)
         and (losing is None or one.batch < losing)
     ]
-    unclear = ""
+    parts = []
+    if critical is not None:
+        parts.append(f"the largest batch that loses nothing is {critical:,}")
     if untold:
-        named = ", ".join(f"{batch:,}" for batch in untold)
-        unclear = f" {named} cannot be told: take more --seeds than {seeds}, or longer --epochs."
-    if critical is None and losing is None:
-        return f"the critical batch cannot be told.{unclear}"
-    if critical is None:
-        return (
-            f"{losing:,} loses already; nothing above B = {base:,} is shown to lose nothing."
-            f"{unclear}"
+        parts.append(
+            f"{', '.join(untold)} cannot be told (more --seeds than {seeds} or longer --epochs "
+            "make the interval narrower)"
         )
-    found = f"the largest batch that loses nothing is {critical:,}"
     if losing is not None:
-        return f"{found}; {losing:,} loses.{unclear}"
-    if untold:
-        return f"{found}.{unclear}"
-    return f"{found}, the largest of the probe: the critical batch is not below it."
+        parts.append(f"{losing:,} loses")
+    elif critical == batches[-1]:
+        parts.append("no batch of this probe loses: a larger --largest may find one that does")
+    return "; ".join(parts) + "."
 
 
 def _measured(batch: int, its: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -99,3 +107,8 @@ def _compared(one: Compared) -> list[str]:
     if abs(one.difference) == float("inf"):
         return ["", "", one.outcome]
     return [f"{one.difference:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}", one.outcome]
+
+
+def _is_short(branch: Mapping[str, Any]) -> bool:
+    """Whether it has fewer updates than a momentum buffer averages over."""
+    return bool(branch["updates"] * (1 - branch["momentum"]) < 1 - 1e-9)

@@ -12,6 +12,7 @@ import torch
 
 from hvd_lbt import comm
 from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
+from hvd_lbt.checkpoint import weights_checksum
 from hvd_lbt.data.batches import batches_of
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.synthetic import SyntheticStore
@@ -59,7 +60,7 @@ class Branched:
     train_loss, train_accuracy: means over its samples, as they were met; None if nothing was
     finite. evaluation: of the test split after it. bad_updates: dropped, since their gradients were
     not finite. diverged: run.max_bad_updates of them in a row ended the branch, or the test loss is
-    not finite. skipped_samples: that could not be decoded.
+    not finite. skipped_samples: that could not be decoded. weights_crc32: of the weights after it.
     """
 
     train_loss: float | None
@@ -69,6 +70,7 @@ class Branched:
     bad_updates: int
     skipped_samples: int
     diverged: bool
+    weights_crc32: int
     seconds: float
 
 
@@ -165,6 +167,7 @@ class Brancher:
             bad_updates=bad,
             skipped_samples=whole - round(counted),
             diverged=done < len(updates) or not isfinite(evaluation.loss),
+            weights_crc32=self._weights_crc32(),
             seconds=time.perf_counter() - began,
         )
 
@@ -227,6 +230,13 @@ class Brancher:
             on_smaller=self._print_smaller,
             image_size=image_size,
         )
+
+    def _weights_crc32(self) -> int:
+        """Of the weights, which must be the same on all ranks."""
+        of_ranks = comm.allgather_object(weights_checksum(self.training.model.state_dict()))
+        if len(set(of_ranks)) > 1:
+            raise RuntimeError(f"the ranks' weights differ after a branch: CRC-32 {of_ranks}")
+        return int(of_ranks[0])
 
     def _print_smaller(self, error: OutOfMemoryError, size: int) -> None:
         if self.origin.world.rank == 0:

@@ -42,6 +42,7 @@ from hvd_lbt.world import World
 
 PICTURE = "probe.png"
 MOST_SEEDS = 100
+TABLE_WIDTH = 120
 KEPT: tuple[Kept, ...] = ("noise", "lr")
 
 
@@ -62,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--buffer",
         choices=("keep", "rescale"),
-        default="keep",
-        help="rescale: where the lr grows k times, divide the momentum buffer by k [keep]",
+        default="rescale",
+        help="rescale: where the lr grows k times, divide the momentum buffer by k [rescale]",
     )
     parser.add_argument(
         "--take-over",
@@ -74,12 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train and evaluate all branches, and write the verdict; the exit code is 0."""
+    world = comm.init()
+    probe(args, world)
+    comm.shutdown()
+    return 0
+
+
+def probe(args: argparse.Namespace, world: World) -> None:
+    """The command, on ranks that are there already."""
     if not 2 <= args.seeds <= MOST_SEEDS:
         raise UserError(
             f"--seeds {args.seeds:,} is not allowed: the noise of the seeds needs at least 2; at "
             f"most {MOST_SEEDS} are allowed."
         )
-    world = comm.init()
     state = comm.broadcast_object(_load(args.checkpoint) if world.rank == 0 else None)
     recipe = recipe_of(state["recipe"], f"The checkpoint {args.checkpoint}")
     out = args.out or Path("probes", f"{recipe.name}_{state['update']:08}")
@@ -99,8 +107,6 @@ def main(args: argparse.Namespace) -> int:
     }
     with own_run(out, world, take_over=args.take_over):
         Probe(out, head, origin, span, args.seeds).run()
-    comm.shutdown()
-    return 0
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -198,7 +204,7 @@ class Probe:
             f"batches of {batches}; {span.samples:,} samples each ({span.samples / n:.3g} epochs, "
             f"{updates:,} update{'s' * (updates > 1)} of the largest batch); {self.seeds} seeds."
         )
-        return f"{text} {done} branches are done already." if done else text
+        return f"{text} {done} branch{'es' * (done > 1)} of it done already." if done else text
 
     def _seed(self, record: dict[str, Any], number: int) -> None:
         """The branches of one seed that are not done yet."""
@@ -265,6 +271,8 @@ class Probe:
         )
         _write_picture(self.out / PICTURE, draw_branches(title, found, noise))
         console = terminal.console()
+        if console.width < TABLE_WIDTH:  # such as under mpirun: numbers must not be cut
+            console = terminal.console(live=False)
         console.print(render_branches(title, found))
         for line in sentences(branches["noise"], {str(k): v for k, v in verdicts.items()}, noise):
             terminal.say(console, line)
