@@ -31,6 +31,7 @@ from hvd_lbt.data.identity import same_at_resume, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import UserError
+from hvd_lbt.growing import growth_of
 from hvd_lbt.measure.branch_verdict import judge
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.micro_batch import MicroBatchSizes
@@ -88,10 +89,10 @@ def probe(args: argparse.Namespace, world: World) -> None:
             f"--seeds {args.seeds:,} is not allowed: the noise of the seeds needs at least 2; at "
             f"most {MOST_SEEDS} are allowed."
         )
-    state = comm.broadcast_object(_load(args.checkpoint) if world.rank == 0 else None)
+    state = comm.broadcast_object(load_state(args.checkpoint) if world.rank == 0 else None)
     recipe = recipe_of(state["recipe"], f"The checkpoint {args.checkpoint}")
     out = args.out or Path("probes", f"{recipe.name}_{state['update']:08}")
-    _refuse_run_folder(out, args.checkpoint)
+    refuse_run_folder(out, args.checkpoint)
     origin, splits = _origin(recipe, state, args.data, args.checkpoint, world)
     span = make_span(origin.plan, state["update"], epochs=args.epochs, largest=args.largest)
     head = {
@@ -109,7 +110,7 @@ def probe(args: argparse.Namespace, world: World) -> None:
         Probe(out, head, origin, span, args.seeds).run()
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load_state(file: Path) -> dict[str, Any]:
     """The state that a training can continue from, and the SHA-256 of its file."""
     state, _ = checkpoint.load_trained(file)
     wanted = {"optimizer": dict, "reducer": dict, "gradient_noise": dict, "train_samples": int}
@@ -123,7 +124,7 @@ def _load(file: Path) -> dict[str, Any]:
         return {**state, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _refuse_run_folder(out: Path, file: Path) -> None:
+def refuse_run_folder(out: Path, file: Path) -> None:
     """Raise UserError if the results would lie in the folder of the checkpoint's run."""
     folder = Path(os.path.realpath(file)).parent
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -149,7 +150,8 @@ def _origin(
     said = same_at_resume(state, splits, f"The checkpoint {file}", resumes=False)
     if said and world.rank == 0:
         print(said, flush=True)
-    plan = make_plan(recipe.schedule, len(train_store))
+    growth = growth_of((state.get("growing") or {}).get("decisions", ()))
+    plan = make_plan(recipe.schedule, len(train_store), growth)
     if not 0 <= state["update"] <= plan.updates:
         raise UserError(
             f"The checkpoint {file} is of {state['update']:,} updates, and its recipe's plan has "
