@@ -16,7 +16,7 @@ from hvd_lbt.checkpoint import weights_checksum
 from hvd_lbt.data.batches import batches_of
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.synthetic import SyntheticStore
-from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError
+from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError, one_line
 from hvd_lbt.evaluate import Evaluation, evaluate, local_device
 from hvd_lbt.micro_batch import MicroBatchSizes, Range, UpdateStream
 from hvd_lbt.recipe import EmaRecipe, Recipe
@@ -178,7 +178,13 @@ class Brancher:
     def _begin(self) -> None:
         # torch's optimizer takes the given tensors as its own, and would write into the state
         optimizer = deepcopy(self.origin.state["optimizer"])
-        self.training.load_state_dict({**self.origin.state, "optimizer": optimizer})
+        try:
+            self.training.load_state_dict({**self.origin.state, "optimizer": optimizer})
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                "The checkpoint does not hold the state of its recipe's training: "
+                f"{type(error).__name__}: {one_line(error)}."
+            ) from error
         self.training.model.train()
 
     def _stream(self, updates: Sequence[Update]) -> UpdateStream[Batch]:

@@ -32,13 +32,13 @@ from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import UserError
 from hvd_lbt.growing import growth_of
-from hvd_lbt.measure.branch_verdict import judge
+from hvd_lbt.measure.branch_verdict import RULE, judge
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.micro_batch import MicroBatchSizes
 from hvd_lbt.recipe import Recipe, recipe_of
 from hvd_lbt.run_lock import own_run
 from hvd_lbt.schedule.branches import Kept, Span, branch_updates, make_span
-from hvd_lbt.schedule.plan import make_plan
+from hvd_lbt.schedule.plan import Plan, make_plan
 from hvd_lbt.world import World
 
 PICTURE = "probe.png"
@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--buffer",
         choices=("keep", "rescale"),
-        default="rescale",
         help="rescale: where the lr grows k times, divide the momentum buffer by k [rescale]",
     )
     parser.add_argument(
@@ -95,7 +94,7 @@ def probe(args: argparse.Namespace, world: World) -> None:
     refuse_run_folder(out, args.checkpoint)
     origin, splits = _origin(recipe, state, args.data, args.checkpoint, world)
     span = make_span(origin.plan, state["update"], epochs=args.epochs, largest=args.largest)
-    head = {
+    head: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": state["sha256"],
         "name": recipe.name,
@@ -103,7 +102,7 @@ def probe(args: argparse.Namespace, world: World) -> None:
         "first_update": span.first_update,
         "first_sample": span.first_sample,
         "samples": span.samples,
-        "buffer": args.buffer,
+        "buffer": _buffer(args.buffer, origin.plan, span),
         "data": splits,
     }
     with own_run(out, world, take_over=args.take_over):
@@ -122,6 +121,17 @@ def load_state(file: Path) -> dict[str, Any]:
         )
     with file.open("rb") as stream:
         return {**state, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _buffer(asked: str | None, plan: Plan, span: Span) -> str:
+    """What is done with the momentum buffer. Raises UserError if there is none to ask about."""
+    momentum = branch_updates(plan, span, span.batches[-1], "noise")[0].momentum
+    if asked and not momentum:
+        raise UserError(
+            f"--buffer {asked} has no effect: the checkpoint's next update has momentum 0. Leave "
+            "it out."
+        )
+    return asked or "rescale"
 
 
 def refuse_run_folder(out: Path, file: Path) -> None:
@@ -187,6 +197,7 @@ class Probe:
         speaks = self.origin.world.rank == 0
         record = comm.broadcast_object(open_record(self.out, self.head) if speaks else None)
         self._say(self._beginning(len(record["branches"])))
+        self._say(RULE)
         for number in range(self.seeds):
             self._seed(record, number)
         if speaks:
@@ -263,6 +274,7 @@ class Probe:
         branches = {kept: branches_of(record, kept, batches, self.seeds) for kept in KEPT}
         verdicts = {kept: judge(losses_of(its)) for kept, its in branches.items()}
         found = {str(kept): (branches[kept], verdicts[kept]) for kept in KEPT}
+        record["rule"] = RULE
         record["batches"], record["seeds"] = list(batches), self.seeds
         record["verdict"] = {kept: its.to_dict() for kept, its in verdicts.items()}
         write_record(self.out, record)

@@ -18,6 +18,12 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 CONFIDENCE = 0.9
+RULE = (
+    "Rule, set before the branches are trained: of each batch's test losses those of B with the "
+    f"same seeds are subtracted; their mean has a {CONFIDENCE:.0%} interval (Student's t). A batch "
+    "loses nothing if the interval ends at or below the standard deviation of B's own test losses "
+    "among the seeds; else it loses if the interval begins above 0; else it cannot be told."
+)
 Outcome = Literal["nothing lost", "loses", "cannot be told"]
 
 
