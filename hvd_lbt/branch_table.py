@@ -9,6 +9,7 @@ from rich.table import Table
 from hvd_lbt.measure.branch_verdict import CONFIDENCE, Compared, Verdict
 
 WHAT = {"noise": "g kept", "lr": "lr kept"}
+STILL = 0.001  # of B's test loss: less noise of the seeds than this is of weights that stand still
 Branches = Mapping[int, Sequence[Mapping[str, Any]]]
 
 
@@ -44,16 +45,24 @@ def sentences(
     batches, seeds = list(branches), len(next(iter(branches.values())))
     noise = next(iter(verdicts.values())).noise
     lines = [
-        f"The noise of the seeds, the standard deviation of B's test losses, is {noise:.4f}.",
+        f"The noise of the seeds, the standard deviation of B's test losses, is {noise:.3g}.",
         *(f"{WHAT[kept]}: {_verdict(its, batches, seeds)}" for kept, its in verdicts.items()),
     ]
     measured = "not known: see docs/gradient_noise.md, or set run.noise_every"
     if gradient_noise is not None:
         measured = f"{gradient_noise:,.4g} samples"
     lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")
+    base = next(iter(branches.values()))
+    alive = not any(one["diverged"] for one in base)
+    if alive and noise < STILL * mean(one["loss"] for one in base):
+        lines.append(
+            f"The test losses of B differ by less than {STILL:.1%} among the seeds: with an lr of "
+            f"{base[0]['lr']:.3g} the weights hardly move, and no batch can lose much. Branch from "
+            "an earlier checkpoint."
+        )
     short = [batch for batch, its in branches.items() if _is_short(its[0])]
     if short:
-        settled = 1 / (1 - next(iter(branches.values()))[0]["momentum"])
+        settled = 1 / (1 - base[0]["momentum"])
         lines.append(
             f"From B = {short[0]:,} on, the branches have fewer than 1/(1−m) = {settled:.3g} "
             "updates: much of their gradients is in the momentum buffer still. Longer --epochs "
@@ -106,7 +115,7 @@ def _measured(batch: int, its: Sequence[Mapping[str, Any]]) -> list[str]:
 def _compared(one: Compared) -> list[str]:
     if abs(one.difference) == float("inf"):
         return ["", "", one.outcome]
-    return [f"{one.difference:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}", one.outcome]
+    return [f"{one.difference:+.3g}", f"{one.low:+.3g} to {one.high:+.3g}", one.outcome]
 
 
 def _is_short(branch: Mapping[str, Any]) -> bool:

@@ -155,7 +155,13 @@ def branches(batches: dict[int, list[float]]) -> dict[int, list[dict]]:
     return {
         batch: [
             {"kept": "noise", "batch": batch, "seed": seed, "loss": loss, "diverged": loss == inf}
-            | {"updates": 640 // batch, "momentum": 0.9, "bad_updates": 0, "skipped_samples": 0}
+            | {
+                "lr": 1e-6,
+                "updates": 640 // batch,
+                "momentum": 0.9,
+                "bad_updates": 0,
+                "skipped_samples": 0,
+            }
             for seed, loss in enumerate(losses)
         ]
         for batch, losses in batches.items()
@@ -176,6 +182,9 @@ def test_the_verdict_in_words():
     text = "\n".join(sentences(found, {"noise": judge(losses_of(found))}, None))
     assert "the largest batch that loses nothing is 128; no batch of this probe loses" in text
     assert "not known" in text
+    assert "hardly move" not in text
+    found = branches({64: [1.0, 1.0001, 1.0], 128: [1.0, 1.0001, 1.0]})
+    assert "hardly move" in "\n".join(sentences(found, {"noise": judge(losses_of(found))}, None))
 
 
 HEAD = {"checkpoint_sha256": "a", "data": {}, "first_sample": 0, "samples": 64, "buffer": "keep"}
