@@ -12,12 +12,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hvd_lbt import ops
 
-
 # torch wraps these so that the first call imports all of torch.compile, 843 modules: a quarter of
 # the CPU time that a rank takes to start, for methods that nothing here compiles.
-_add_param_group, _state_dict, _load_state_dict = map(
-    unwrap, (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict)
-)
+_add_param_group = unwrap(Optimizer.add_param_group)
+_state_dict = unwrap(Optimizer.state_dict)
+_load_state_dict = unwrap(Optimizer.load_state_dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def draw_branches(
     tr(Σ)/|G|², in samples.
     """
     with matplotlib.rc_context(FONTS):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         for place, (kept, (branches, verdict)) in enumerate(found.items()):
             _differences(left, branches, verdict, WHAT[kept], COLOURS[place], 1 + 0.04 * place)
@@ -36,7 +36,7 @@ def draw_branches(
         noise = next(iter(found.values()))[1].noise
         left.axhline(0, color="#555", linewidth=1)
         left.axhspan(
-            -noise, noise, color="#555", alpha=0.12, linewidth=0, label="seeds of B, ±1 sd"
+            -noise, noise, color="#555", alpha=0.12, linewidth=0, label="noise of the seeds"
         )
         left.set_ylabel(f"test loss − that of B,\nmean and {CONFIDENCE:.0%} interval")
         right.set_ylabel("loss, mean of the seeds")
@@ -49,7 +49,14 @@ def draw_branches(
             axes.xaxis.set_major_formatter(PLAIN)
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("global batch")
-            axes.legend(frameon=False, fontsize=10)
+        handles = {
+            label: handle
+            for axes in (left, right)
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            [*handles.values()], [*handles], loc="outside lower center", ncols=4, frameon=False
+        )
         figure.suptitle(title, fontsize=12)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
@@ -72,7 +79,7 @@ def _differences(
         fmt="o",
         color=colour,
         capsize=4,
-        label=label,
+        label=f"above B's, {label}",
     )
     for at, one in zip(x, shown, strict=True):
         its = [branch["loss"] for branch in branches[one.batch]]
