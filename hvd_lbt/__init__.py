@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvd_lbt.sampler import MicroBatches, PlanSampler
     from hvd_lbt.schedule import (
         Cosine,
+        Growth,
         Layout,
         Milestone,
         Plan,
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     __version__ = version("hvd_lbt")
 
 _SCHEDULE = (
-    *("Cosine", "Layout", "Milestone", "Plan", "Polynomial", "ScaledStart", "Schedule", "Stage"),
-    *("Update", "WarmUp", "make_layout", "make_plan"),
+    *("Cosine", "Growth", "Layout", "Milestone", "Plan", "Polynomial", "ScaledStart", "Schedule"),
+    *("Stage", "Update", "WarmUp", "make_layout", "make_plan"),
 )
 _HOME = {
     **dict.fromkeys(_SCHEDULE, "schedule"),
@@ -74,6 +75,7 @@ __all__ = [
     "FusedSGD",
     "GhostBatchNorm2d",
     "GradientReducer",
+    "Growth",
     "Layout",
     "MicroBatches",
     "Milestone",

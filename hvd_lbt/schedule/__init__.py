@@ -12,6 +12,7 @@
 It needs the standard library only.
 """
 
+from hvd_lbt.schedule.growth import Growth
 from hvd_lbt.schedule.layout import Layout, make_layout
 from hvd_lbt.schedule.noise import batch_of_equal_noise, exact_noise_scale, noise_scale
 from hvd_lbt.schedule.plan import Plan, Stage, Update, make_plan
@@ -30,6 +31,7 @@ from hvd_lbt.schedule.speed import Link, SpeedProfile, UpdateTime, Work, update_
 __all__ = [
     "Cluster",
     "Cosine",
+    "Growth",
     "Layout",
     "Link",
     "Milestone",
