@@ -43,6 +43,7 @@ class Noise:
     variance: float
     squared: float
     measurements: int
+    source: str = "parts"  # or "differences", as `GradientNoise.source`
 
     @property
     def samples(self) -> float | None:
@@ -151,6 +152,7 @@ class Growing:
             "multiple": multiple,
             "gradient_variance": noise.variance,
             "gradient_squared": noise.squared,
+            "gradient_noise_from": noise.source,
             "all_measurements": noise.measurements,
             "seconds_fixed": costs.fixed if costs else None,
             "seconds_a_sample": costs.a_sample if costs else None,

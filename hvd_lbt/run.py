@@ -152,7 +152,12 @@ class Run:
         """Rank 0's decision: None while too little has been measured."""
         noise = self.training.noise
         variance, squared = noise.averages.tolist()
-        measured = Noise(variance=variance, squared=squared, measurements=int(noise.measurements))
+        measured = Noise(
+            variance=variance,
+            squared=squared,
+            measurements=int(noise.measurements),
+            source=noise.source,
+        )
         costs = None if self.recipe.schedule.overhead else self._costs(update)
         return self.growing.decide(update, measured, costs)
 

@@ -94,7 +94,9 @@ def test_too_little_measured_decides_nothing():
     assert growing.decide(update, nothing, EQUAL) is None
     assert growing.undecided
     fixed = Growing(recipe("schedule.overhead=500"), N)
-    decision = fixed.decide(update, Noise(**MUCH, measurements=10), None)
+    measured = Noise(**MUCH, measurements=10, source="differences")
+    decision = fixed.decide(update, measured, None)
+    assert decision["gradient_noise_from"] == "differences"
     assert decision["overhead"] == 500
     assert decision["seconds_fixed"] is None
     fixed.take(decision)
