@@ -90,7 +90,9 @@ def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int
     if compared:
         notes.append(
             f"The gradient's noise is measured from differences of consecutive updates in stage "
-            f"{', '.join(compared)}: there an update is one micro-batch."
+            f"{', '.join(compared)}: there an update is one micro-batch. It comes out too large "
+            "(docs/gradient_noise.md); a smaller layout.micro_batch, if an update has two ghost "
+            "batches, does not have that fault."
         )
     last = plan.at(plan.updates - 1).global_batch
     if last < plan.stages[-1].global_batch:

@@ -65,9 +65,9 @@ class Measured:
         self.updates += 1
 
 
-@pytest.mark.parametrize("parts", [[8, 8, 8], [1, 2, 5, 16], [23, 1]])
-def test_both_estimates_are_unbiased_for_equal_and_unequal_parts(parts):
-    measured = Measured()
+def test_both_estimates_are_unbiased_for_unequal_parts():
+    """Through backward and the wire; more draws and layouts: tests/unit/test_noise_known.py."""
+    measured, parts = Measured(), [1, 2, 5, 16]
     found = []
     for _ in range(1500):
         measured.begin_again()  # one measurement each, not their average
@@ -274,3 +274,28 @@ def test_out_of_memory_frees_the_kept_gradient():
     assert measured.noise._kept is None
     measured.one(8)
     assert int(measured.noise.measurements) == 0
+
+
+def test_a_pair_is_of_consecutive_updates_whatever_the_scale_of_the_wire():
+    measured = Kept("fp16")
+    measured.one(8)
+    measured.updates += 1  # one that this loop did not begin
+    first = measured.one(8)
+    assert int(measured.noise.measurements) == 0
+    measured.reducer._scale = measured.reducer._scale / 4
+    second = measured.one(8)
+    wanted = (second - first).square().sum() * 4
+    torch.testing.assert_close(measured.noise.averages[0], wanted, rtol=1e-5, atol=0)
+
+
+def test_a_measurement_that_is_not_finite_does_not_count():
+    measured = Kept("fp32")
+    for _ in range(2):
+        measured.one(8)
+    before = measured.noise.averages
+    measured.one(8, factor=1e25)  # its square is infinite in fp32
+    measured.update([4, 4], factor=1e25)
+    assert int(measured.noise.measurements) == 1
+    assert measured.noise.source == "parts"
+    assert measured.noise.averages.isnan().all()  # of the other kind, and none yet
+    assert before.isfinite().all()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +356,17 @@ def test_the_network_with_ghost_batches_measures_these_means():
     (found,) = Ranks(1).run(program)
     wanted = noise_of_parts(*by_parts(means[None], parts), total)[:, 0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_page_has_the_tables_of_its_numbers():
+    docs = Path(__file__).parents[2] / "docs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(docs)
+        import gradient_noise_picture as picture
+    page = (docs / "gradient_noise.md").read_text()
+    for table in (
+        picture.known_markdown(),
+        picture.frozen_markdown(),
+        picture.moving_markdown(),
+    ):
+        assert "\n".join(table) in page
