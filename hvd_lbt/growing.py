@@ -47,8 +47,14 @@ class Noise:
 
     @property
     def samples(self) -> float | None:
-        """φ = tr(Σ)/|G|²; inf where |G|² cannot be told from 0, None before a measurement."""
+        """φ = tr(Σ)/|G|²; inf where |G|² cannot be told from 0, None before a measurement.
+
+        None too where |G|² of differences is not positive: they make it too small, without momentum
+        negative for good, and a batch that grew by that would grow by a fault.
+        """
         if not self.measurements or not isfinite(self.variance + self.squared):
+            return None
+        if self.source == "differences" and self.squared <= 0:
             return None
         if self.variance <= 0:
             return 0.0

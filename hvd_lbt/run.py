@@ -250,6 +250,12 @@ class Run:
                 f"schedule.policy measured decided nothing: {MEASUREMENTS} measurements of the "
                 "gradient's noise are needed, and times of some updates. A smaller run.noise_every "
                 f"({self.recipe.run.noise_every}) measures more often."
+                + (
+                    " Its updates were one micro-batch each, where |G|² comes out too small; a "
+                    "smaller layout.micro_batch does not have that fault."
+                    if self.training.noise.source == "differences"
+                    else ""
+                )
             )
         if reason == "stopped":
             self.log.say(

@@ -39,6 +39,10 @@ def test_resumed_in_the_middle_it_has_the_same_bits(results, ranks):
         momentum = resumed["optimizer"]["state"][key]["momentum_buffer"]
         assert torch.equal(state["momentum_buffer"], momentum)
     assert torch.equal(whole["gradient_noise"]["averages"], resumed["gradient_noise"]["averages"])
+    # the first 16 updates are one ghost batch each, on whichever rank; those of even index but the
+    # first are compared with the one before, and the resume lies between no such two
+    counts = [int(state["gradient_noise"]["measurements"]) for state in (whole, resumed)]
+    assert counts == [10, 10]  # of 22 updates
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

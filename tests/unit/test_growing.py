@@ -85,6 +85,12 @@ def test_a_gradient_that_is_all_noise_lets_it_grow():
     assert {one["noise"] for one in growing.decisions} == {None}
 
 
+def test_a_gradient_that_differences_say_is_all_noise_decides_nothing():
+    growing = Growing(recipe(), N)
+    trained(growing, {"variance": 5.0, "squared": -0.1, "source": "differences"})
+    assert growing.undecided
+
+
 def test_too_little_measured_decides_nothing():
     growing = Growing(recipe(), N)
     update = next(u for u in map(growing.plan.at, range(99)) if growing.is_due(u))
