@@ -48,7 +48,7 @@ def sentences(
         f"The noise of the seeds, the standard deviation of B's test losses, is {noise:.3g}.",
         *(f"{WHAT[kept]}: {_verdict(its, batches, seeds)}" for kept, its in verdicts.items()),
     ]
-    measured = "not known: see docs/gradient_noise.md, or set run.noise_every"
+    measured = "not known: run.noise_every was 0, or nothing could be measured yet"
     if gradient_noise is not None:
         measured = f"{gradient_noise:,.4g} samples"
     lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hvd_lbt.branch_record import (
     open_record,
     write_record,
 )
-from hvd_lbt.branch_table import render_branches, sentences
+from hvd_lbt.branch_table import WHAT, render_branches, sentences
 from hvd_lbt.branch_training import Branch, Brancher, Origin
 from hvd_lbt.data.identity import same_at_resume, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
@@ -36,7 +37,7 @@ from hvd_lbt.measure.branch_verdict import RULE, judge
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.micro_batch import MicroBatchSizes
 from hvd_lbt.recipe import Recipe, recipe_of
-from hvd_lbt.run_lock import own_run
+from hvd_lbt.run_lock import RunLock
 from hvd_lbt.schedule.branches import Kept, Span, branch_updates, make_span
 from hvd_lbt.schedule.plan import Plan, make_plan
 from hvd_lbt.world import World
@@ -105,7 +106,8 @@ def probe(args: argparse.Namespace, world: World) -> None:
         "buffer": _buffer(args.buffer, origin.plan, span),
         "data": splits,
     }
-    with own_run(out, world, take_over=args.take_over):
+    owned = RunLock(out, role="probe", take_over=args.take_over) if world.rank == 0 else None
+    with owned or nullcontext():
         Probe(out, head, origin, span, args.seeds).run()
 
 
@@ -250,7 +252,7 @@ class Probe:
                 write_record(self.out, record)
             found = "diverged" if branched.diverged else f"test loss {entry['loss']:.4f}"
             self._say(
-                f"seed {number + 1}, B = {branch.batch:,}, {branch.kept} kept: "
+                f"seed {number + 1}, B = {branch.batch:,}, {WHAT[branch.kept]}: "
                 f"{found} ({branched.seconds:,.1f} s)"
             )
         self._sizes = brancher.sizes

@@ -14,6 +14,7 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.measure.branch_verdict import half_width, judge
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.branches import branch_updates, make_span
+from hvd_lbt.schedule.growth import Growth
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.schedule.settings import Cosine, Milestone, Schedule, WarmUp
 
@@ -69,6 +70,15 @@ def test_the_branch_of_b_is_the_plan_for_as_long_as_its_stage_lasts(schedule, fi
     for update in updates[count:]:  # beyond: the same batch, with the last lr
         assert update.global_batch == stage.global_batch
         assert update.lr == pytest.approx(plan.at(first + count - 1).lr)
+
+
+def test_the_branch_of_b_has_the_batch_that_was_decided():
+    schedule = replace(CONSTANT, policy="measured", max_lr=0.5)
+    plan = make_plan(schedule, N, (Growth(samples_seen=6400, global_batch=128),))
+    span = make_span(plan, 120)
+    assert span.batches[0] == 128
+    updates = branch_updates(plan, span, 128, "noise")
+    assert updates == [plan.at(120 + place) for place in range(len(updates))]
 
 
 @pytest.mark.parametrize("schedule", [CONSTANT, STAGES, COSINE])
