@@ -65,8 +65,8 @@ def open_record(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
                 raise TypeError("diverged must be true or false")
             if not branch["diverged"]:
                 branch["loss"] + 0.0
-        if not isinstance(record["start"], dict | None):
-            raise TypeError("start must be what was measured, or null")
+        if record["start"] is not None:
+            record["start"]["loss"], record["gradient_noise"]["from"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} is not the record of a probe ({type(error).__name__}: {one_line(error, 80)}). "

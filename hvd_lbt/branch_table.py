@@ -35,12 +35,15 @@ def render_branches(title: str, found: Mapping[str, tuple[Branches, Verdict]]) -
 
 
 def sentences(
-    branches: Branches, verdicts: Mapping[str, Verdict], gradient_noise: float | None
+    branches: Branches,
+    verdicts: Mapping[str, Verdict],
+    gradient_noise: float | None,
+    source: str = "parts",
 ) -> list[str]:
     """The verdict in words.
 
     branches: of one kind, for what all have in common. gradient_noise: tr(Σ)/|G|² of the
-    checkpoint, in samples.
+    checkpoint, in samples; source: of an update's parts, or of differences of two updates.
     """
     batches, seeds = list(branches), len(next(iter(branches.values())))
     noise = next(iter(verdicts.values())).noise
@@ -50,7 +53,8 @@ def sentences(
     ]
     measured = "not known: run.noise_every was 0, or nothing could be measured yet"
     if gradient_noise is not None:
-        measured = f"{gradient_noise:,.4g} samples"
+        marked = " (from differences of consecutive updates)" if source == "differences" else ""
+        measured = f"{gradient_noise:,.4g} samples{marked}"
     lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")
     base = next(iter(branches.values()))
     alive = not any(one["diverged"] for one in base)

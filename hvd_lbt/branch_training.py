@@ -119,11 +119,12 @@ class Brancher:
             sizes = start.sizes
         self.sizes = sizes
 
-    def gradient_noise(self) -> tuple[float, float]:
-        """tr(Σ) and |G|² as the checkpoint has them; NaN if nothing was measured."""
+    def gradient_noise(self) -> dict[str, Any]:
+        """tr(Σ) and |G|² as the checkpoint has them, NaN if nothing was measured, and from what."""
         self._begin()
-        variance, squared = self.training.noise.averages.tolist()
-        return variance, squared
+        noise = self.training.noise
+        variance, squared = noise.averages.tolist()
+        return {"variance": variance, "squared": squared, "from": noise.source}
 
     def evaluate_start(self, image_size: int | None) -> Evaluation:
         """Evaluate the checkpoint itself."""

@@ -260,12 +260,12 @@ class Probe:
 
     def _start(self, record: dict[str, Any], brancher: Brancher) -> None:
         """What the checkpoint itself has: its test loss, and the noise that its run measured."""
-        variance, squared = brancher.gradient_noise()
+        noise = brancher.gradient_noise()
         first = branch_updates(self.origin.plan, self.span, self.span.batches[-1], "lr")[0]
         record["start"] = finite(brancher.evaluate_start(first.image_size).to_dict())
         record["gradient_noise"] = {
-            **finite({"variance": variance, "squared": squared}),
-            "noise_scale": simple_noise_scale(variance, squared),
+            **finite(noise),
+            "noise_scale": simple_noise_scale(noise["variance"], noise["squared"]),
         }
 
     def _conclude(self, record: dict[str, Any]) -> None:
@@ -290,7 +290,8 @@ class Probe:
         if console.width < TABLE_WIDTH:  # such as under mpirun: numbers must not be cut
             console = terminal.console(live=False)
         console.print(render_branches(title, found))
-        for line in sentences(branches["noise"], {str(k): v for k, v in verdicts.items()}, noise):
+        by_name = {str(kept): its for kept, its in verdicts.items()}
+        for line in sentences(branches["noise"], by_name, noise, record["gradient_noise"]["from"]):
             terminal.say(console, line)
         terminal.say(console, f"Written: {self.out}/probe.json and probe.png.")
 

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from hvd_lbt.branch_record import losses_of, open_record, write_record
+from hvd_lbt.branch_record import branches_of, losses_of, open_record, write_record
 from hvd_lbt.branch_table import sentences
 from hvd_lbt.branch_training import branch_recipe
 from hvd_lbt.errors import UserError
@@ -266,3 +267,24 @@ def test_a_checkpoint_without_what_a_training_needs_is_refused(tmp_path):
     critical_batch = pytest.importorskip("hvd_lbt.critical_batch")
     with pytest.raises(UserError, match="is missing"):
         critical_batch.load_state(Path(tmp_path / "update-00000001.pt"))
+
+
+def test_the_example_of_the_docs_is_its_record():
+    docs = Path(__file__).parents[2] / "docs"
+    record = json.loads((docs / "critical_batch_digits.json").read_text(encoding="utf-8"))
+    page = (docs / "critical_batch.md").read_text(encoding="utf-8")
+    for kept, name in (("noise", "g"), ("lr", "lr")):
+        found = branches_of(record, kept, record["batches"], record["seeds"])
+        verdict = judge(losses_of(found))
+        assert verdict.to_dict() == record["verdict"][kept]
+        for one in verdict.compared:
+            its = found[one.batch]
+            train, test = (mean(branch[key] for branch in its) for key in ("train_loss", "loss"))
+            row = (
+                f"| {name} | {one.batch} | {its[0]['updates']} | {its[0]['lr']:.4g} | {train:.4f} "
+                f"| {test:.4f} | {one.difference:+.3g} | {one.low:+.3g} to {one.high:+.3g} "
+                f"| {one.outcome} |"
+            )
+            assert row in page, row
+    assert f"{record['gradient_noise']['noise_scale']:,.4g} samples" in page
+    assert f"noise of the seeds was {verdict.noise:.3g}" in page
