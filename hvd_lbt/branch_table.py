@@ -1,6 +1,7 @@
 """What the branches of a checkpoint came to, as a table and as sentences for the terminal."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from statistics import mean
 from typing import Any
 
@@ -16,7 +17,7 @@ Branches = Mapping[int, Sequence[Mapping[str, Any]]]
 def render_branches(title: str, found: Mapping[str, tuple[Branches, Verdict]]) -> Table:
     """One row for each batch; found: by what was kept, the branches of each batch and the verdict.
 
-    Losses and accuracies are means over the seeds.
+    Losses and accuracies are means over the seeds, what they are above B's geometric ones.
     """
     table = Table(title=title)
     for heading in (
@@ -48,7 +49,7 @@ def sentences(
     batches, seeds = list(branches), len(next(iter(branches.values())))
     noise = next(iter(verdicts.values())).noise
     lines = [
-        f"The noise of the seeds, the standard deviation of B's test losses, is {noise:.3g}.",
+        f"The noise of the seeds (standard deviation of B's log test loss): {100 * noise:.1f} %.",
         *(f"{WHAT[kept]}: {_verdict(its, batches, seeds)}" for kept, its in verdicts.items()),
     ]
     measured = "not known: run.noise_every was 0, or nothing could be measured yet"
@@ -57,8 +58,7 @@ def sentences(
         measured = f"{gradient_noise:,.4g} samples{marked}"
     lines.append(f"tr(Σ)/|G|² of the checkpoint, as the run measured it: {measured}.")
     base = next(iter(branches.values()))
-    alive = not any(one["diverged"] for one in base)
-    if alive and noise < STILL * mean(one["loss"] for one in base):
+    if noise < STILL and not any(one["diverged"] for one in base):
         lines.append(
             f"The test losses of B differ by less than {STILL:.1%} among the seeds: with an lr of "
             f"{base[0]['lr']:.3g} the weights hardly move, and no batch can lose much. Branch from "
@@ -117,9 +117,14 @@ def _measured(batch: int, its: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _compared(one: Compared) -> list[str]:
-    if abs(one.difference) == float("inf"):
+    if not isfinite(one.above):
         return ["", "", one.outcome]
-    return [f"{one.difference:+.3g}", f"{one.low:+.3g} to {one.high:+.3g}", one.outcome]
+    return [percent(one.above), f"{percent(one.low)} to {percent(one.high)}", one.outcome]
+
+
+def percent(share: float) -> str:
+    """A share above the test loss of B with its sign, +1.2 %; from ten times on the ratio, ×12."""
+    return f"{100 * share:+.1f} %" if share < 9 else f"×{1 + share:.3g}"
 
 
 def _is_short(branch: Mapping[str, Any]) -> bool:

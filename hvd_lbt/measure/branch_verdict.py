@@ -1,8 +1,10 @@
 """The largest batch that loses nothing: a rule for branches of several batches and seeds (pure).
 
-For each batch, the test losses of its branches minus those of B with the same seeds: their mean,
-and an interval in which it lies with 90 % (Student's t, seeds − 1 degrees of freedom; each side is
-wrong in 5 %). The noise of the seeds is the standard deviation of B's own test losses. A batch
+Compared are logarithms of test losses: losses are positive and skewed, and a branch that nearly
+diverges would hide itself in the width of its own interval. For each batch, those of its branches
+minus those of B with the same seeds: their mean, and an interval in which it lies with 90 %
+(Student's t, seeds − 1 degrees of freedom; each side is wrong in 5 %). The noise of the seeds is
+the standard deviation of B's own. A batch
 
 - loses nothing, if the whole interval is at or below that noise;
 - else loses, if the whole interval is above 0;
@@ -13,28 +15,33 @@ The critical batch is the largest that loses nothing, among those below the smal
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf, isfinite, sqrt
+from math import expm1, inf, isfinite, log, sqrt
 from statistics import mean, stdev
 from typing import Any, Literal
 
 CONFIDENCE = 0.9
 RULE = (
-    "Rule, set before the branches are trained: of each batch's test losses those of B with the "
-    f"same seeds are subtracted; their mean has a {CONFIDENCE:.0%} interval (Student's t). A batch "
-    "loses nothing if the interval ends at or below the standard deviation of B's own test losses "
-    "among the seeds; else it loses if the interval begins above 0; else it cannot be told."
+    "Rule, set before the branches are trained: log test losses are compared with those of B, pair "
+    f"by pair of the same seed; their mean difference has a {CONFIDENCE:.0%} interval (Student's "
+    "t). A batch loses nothing if the interval ends at or below the noise of the seeds, the "
+    "standard deviation of B's own; else it loses if the interval begins above 0; else it cannot "
+    "be told."
 )
 Outcome = Literal["nothing lost", "loses", "cannot be told"]
 
 
+SMALLEST = 1e-30  # a loss that is 0 in fp32 counts as this
+LARGEST = 700.0  # of a logarithm: its exponential is a number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One batch against B. difference: the mean of the paired test losses, low, high: its interval;
-    all inf where some branch diverged.
+    """One batch against B. above: by which share its test losses are above B's, in the geometric
+    mean (0.1: 10 %); low, high: the interval. All inf where some branch diverged.
     """
 
     batch: int
-    difference: float
+    above: float
     low: float
     high: float
     outcome: Outcome
@@ -42,8 +49,8 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """noise: the standard deviation of B's test losses among the seeds. critical: the largest batch
-    that loses nothing, None where none is; losing: the smallest that loses, None where none does.
+    """noise: of the seeds, as a share of the test loss. critical: the largest batch that loses
+    nothing, None where none is; losing: the smallest that loses, None where none does.
     """
 
     noise: float
@@ -52,10 +59,10 @@ class Verdict:
     losing: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; an infinite difference is None."""
+        """Plain values; None for what is not finite."""
         found = asdict(self)
         for one in found["compared"]:
-            for key in ("difference", "low", "high"):
+            for key in ("above", "low", "high"):
                 one[key] = one[key] if isfinite(one[key]) else None
         return {**found, "compared": list(found["compared"])}
 
@@ -66,7 +73,8 @@ def judge(losses: Mapping[int, Sequence[float]]) -> Verdict:
     A loss that is not finite is of a branch that diverged.
     """
     (_, base), *others = losses.items()
-    noise = stdev(base) if all(map(isfinite, base)) and len(base) > 1 else 0.0
+    alive = all(map(isfinite, base)) and len(base) > 1
+    noise = stdev(map(_log, base)) if alive else 0.0
     compared = tuple(_compare(batch, base, its, noise) for batch, its in others)
     losing = next((one.batch for one in compared if one.outcome == "loses"), None)
     good = [
@@ -74,15 +82,17 @@ def judge(losses: Mapping[int, Sequence[float]]) -> Verdict:
         for one in compared
         if one.outcome == "nothing lost" and (losing is None or one.batch < losing)
     ]
-    return Verdict(noise=noise, compared=compared, critical=max(good, default=None), losing=losing)
+    return Verdict(
+        noise=_share(noise), compared=compared, critical=max(good, default=None), losing=losing
+    )
 
 
 def _compare(batch: int, base: Sequence[float], its: Sequence[float], noise: float) -> Compared:
     if not all(map(isfinite, base)):
-        return Compared(batch=batch, difference=inf, low=-inf, high=inf, outcome="cannot be told")
+        return Compared(batch=batch, above=inf, low=-1.0, high=inf, outcome="cannot be told")
     if not all(map(isfinite, its)):
-        return Compared(batch=batch, difference=inf, low=inf, high=inf, outcome="loses")
-    differences = [own - of_base for own, of_base in zip(its, base, strict=True)]
+        return Compared(batch=batch, above=inf, low=inf, high=inf, outcome="loses")
+    differences = [_log(own) - _log(of_base) for own, of_base in zip(its, base, strict=True)]
     middle, half = mean(differences), half_width(differences)
     low, high = middle - half, middle + half
     outcome: Outcome = "cannot be told"
@@ -90,7 +100,18 @@ def _compare(batch: int, base: Sequence[float], its: Sequence[float], noise: flo
         outcome = "nothing lost"
     elif low > 0:
         outcome = "loses"
-    return Compared(batch=batch, difference=middle, low=low, high=high, outcome=outcome)
+    return Compared(
+        batch=batch, above=_share(middle), low=_share(low), high=_share(high), outcome=outcome
+    )
+
+
+def _log(loss: float) -> float:
+    return log(max(loss, SMALLEST))
+
+
+def _share(difference: float) -> float:
+    """By which share a loss is larger whose logarithm is larger by this."""
+    return expm1(difference) if difference < LARGEST else inf
 
 
 def half_width(values: Sequence[float]) -> float:

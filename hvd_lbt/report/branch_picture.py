@@ -7,10 +7,10 @@ from math import isfinite
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from hvd_lbt.branch_table import WHAT, Branches
-from hvd_lbt.measure.branch_verdict import CONFIDENCE, Verdict
+from hvd_lbt.measure.branch_verdict import CONFIDENCE, SMALLEST, Verdict
 from hvd_lbt.report.colours import COLOURS
 from hvd_lbt.report.pictures import FONTS
 
@@ -22,7 +22,7 @@ def draw_branches(
     found: Mapping[str, tuple[Branches, Verdict]],
     gradient_noise: float | None,
 ) -> bytes:
-    """A PNG: test loss minus that of B with its interval, and the losses themselves.
+    """A PNG: the ratio of each test loss to that of B with its interval, and the losses themselves.
 
     found: by what was kept, the branches of each batch and the verdict. gradient_noise:
     tr(Σ)/|G|², in samples.
@@ -34,11 +34,24 @@ def draw_branches(
             _differences(left, branches, verdict, WHAT[kept], COLOURS[place], 1 + 0.04 * place)
             _losses(right, branches, WHAT[kept], COLOURS[place])
         noise = next(iter(found.values()))[1].noise
-        left.axhline(0, color="#555", linewidth=1)
+        left.axhline(1, color="#555", linewidth=1)
         left.axhspan(
-            -noise, noise, color="#555", alpha=0.12, linewidth=0, label="noise of the seeds"
+            1 / (1 + noise),
+            1 + noise,
+            color="#555",
+            alpha=0.12,
+            linewidth=0,
+            label="noise of the seeds",
         )
-        left.set_ylabel(f"test loss − that of B,\nmean and {CONFIDENCE:.0%} interval")
+        left.set_ylabel(f"test loss / that of B,\ngeometric mean and {CONFIDENCE:.0%} interval")
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(PLAIN)
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            low, high = axes.get_ylim()
+            if high < 10 * low:  # hardly a power of ten in it, and none without a number
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axes.yaxis.set_minor_locator(NullLocator())
         right.set_ylabel("loss, mean of the seeds")
         batches = list(next(iter(found.values()))[0])
         for axes in (left, right):
@@ -67,23 +80,23 @@ def _differences(
     axes: Axes, branches: Branches, verdict: Verdict, label: str, colour: str, shift: float
 ) -> None:
     base = [one["loss"] for one in next(iter(branches.values()))]
-    shown = [one for one in verdict.compared if isfinite(one.difference) and isfinite(one.low)]
+    shown = [one for one in verdict.compared if isfinite(one.above) and isfinite(one.high)]
     x = [one.batch * shift for one in shown]
     axes.errorbar(
         x,
-        [one.difference for one in shown],
+        [1 + one.above for one in shown],
         [
-            [one.difference - one.low for one in shown],
-            [one.high - one.difference for one in shown],
+            [one.above - one.low for one in shown],
+            [one.high - one.above for one in shown],
         ],
         fmt="o",
         color=colour,
         capsize=4,
-        label=f"above B's, {label}",
+        label=f"ratio, {label}",
     )
     for at, one in zip(x, shown, strict=True):
         its = [branch["loss"] for branch in branches[one.batch]]
-        points = [own - of_base for own, of_base in zip(its, base, strict=True)]
+        points = [own / max(of_base, SMALLEST) for own, of_base in zip(its, base, strict=True)]
         axes.plot([at] * len(points), points, ".", color=colour, alpha=0.35)
 
 
