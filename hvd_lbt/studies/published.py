@@ -630,13 +630,16 @@ ALL = (
         scale="cifar10",
         title="The batch that the gradient asks for, on CIFAR-10",
         claim=MEASURED_GROWTH,
-        setting="Here: the CIFAR-10 images of --data, a ResNet-18 of width 16 with ghost batches "
-        f"of 64, 12 epochs in which the noise falls 4× at epochs 7 and 10. {LR_CAP}",
+        setting="Here: the CIFAR-10 images of --data at 16×16 pixels, a ResNet-18 of width 16 with "
+        "ghost batches of 64, 12 epochs in which the noise falls 4× at epochs 7 and 10. The page "
+        "is of the first 500 images of each class to train on, and 300 to test on. " + LR_CAP,
         arms=_measured_growth(
             "cifar10_small",
             None,
-            (128, 256, 512),
+            (128, 256),
             0.1,
+            "data.image_size=16",
+            "data.pad=2",
             "schedule.epochs=12",
             "schedule.milestones=[{epoch: 7, factor: 4}, {epoch: 10, factor: 4}]",
             "schedule.max_global_batch=512",
