@@ -188,7 +188,7 @@ def _other_differences(groups: Sequence[Group]) -> list[str]:
     return [
         key
         for key in keys
-        if key != "name"
+        if key not in ("name", "run.noise_every", "run.speed")  # what is measured, and how
         and (not key.startswith("schedule.") or key.startswith(free))
         and len({repr(each.get(key)) for each in settings}) > 1
     ]
