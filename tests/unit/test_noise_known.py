@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hvd_lbt.measure.gradient_noise import GradientNoise, noise_of_difference, noise_of_parts
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d
 from hvd_lbt.optim import FusedSGD
-from hvd_lbt.sampler import PlanSampler
+from hvd_lbt.sampler import MicroBatches, PlanSampler
 from hvd_lbt.schedule.layout import count_micro_batches, make_layout
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.schedule.settings import Schedule
@@ -280,6 +280,21 @@ def test_the_same_update_in_smaller_micro_batches_is_measured_by_its_parts():
     state = train(range(3), micro_batch=4)["gradient_noise"]
     assert state["source"] == "parts"
     assert int(state["measurements"]) == 2  # of update 0 too
+
+
+def test_micro_batches_made_by_hand_are_known_on_one_rank():
+    model = nn.Linear(SIZE, 3)
+    optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = Schedule(policy="decay_lr", epochs=2, lr=0.1, momentum=0.9, global_batch=8)
+    plan = make_plan(schedule, 48)
+    training = Training(
+        model, optimizer, schedule, reducer=reducer_of(model, optimizer), noise_every=1
+    )
+    for index in range(3):
+        batch = torch.randn(8, SIZE), torch.randint(3, (8,))
+        training.update(plan.at(index), MicroBatches([8], [batch]))
+    assert training.noise.source == "differences"
+    assert int(training.noise.measurements) == 2
 
 
 # -- ghost batches: the unit is the ghost batch ----------------------------------------------------
