@@ -1,9 +1,11 @@
 """SHA-256 of what a training ends with, to compare two versions of the program bit for bit.
 
     python tests/dist/state_hash.py FOLDER --ranks 1 2 [--set schedule.epochs=2 …]
+    python tests/dist/state_hash.py FOLDER --ranks 1 2 3 --recipe digits_measured --replay
 
-Trains `digits` on each number of ranks and prints one JSON line for each: the hashes of all weights
-and buffers, of all momentum buffers, and the wire scale at the end.
+Trains a recipe (`digits`) on each number of ranks and prints one JSON line for each: the hashes of
+all weights and buffers, of all momentum buffers, and the wire scale at the end. With --replay it
+trains each again by the decisions of the first, and prints a second line.
 """
 
 import argparse
@@ -45,14 +47,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="for the runs; one that does not exist yet")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--replay", action="store_true", help="of a recipe with policy measured")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     overrides = [word for one in args.set for word in ("--set", one)]
     for ranks in args.ranks:
         out = args.folder / f"{ranks}-ranks"
-        words = ["-m", "hvd_lbt", "train", "digits", "--out", out, *overrides]
-        run_ranks(ranks, *words, timeout=3000)
+        words = ["-m", "hvd_lbt", "train", args.recipe, *overrides]
+        run_ranks(ranks, *words, "--out", out, timeout=3000)
         print(json.dumps({"ranks": ranks, **summary(out)}), flush=True)
+        if args.replay:
+            again = args.folder / f"{ranks}-ranks-replayed"
+            run_ranks(ranks, *words, "--out", again, "--replay", out, timeout=3000)
+            print(json.dumps({"ranks": ranks, "replays": True, **summary(again)}), flush=True)
 
 
 if __name__ == "__main__":
