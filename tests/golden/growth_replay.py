@@ -23,6 +23,7 @@ from typing import Protocol
 
 import speed_rows
 
+from hvd_lbt.schedule import growth
 from hvd_lbt.schedule.growth import (
     MEASUREMENTS,
     PART_OF_DATA,
@@ -30,10 +31,11 @@ from hvd_lbt.schedule.growth import (
     Bounds,
     Measured,
     choose,
-    next_batch,
 )
 from hvd_lbt.schedule.speed import SpeedProfile, Work, fit_line, update_time
 
+# `choose` asks for it 800,000 times here, and only ever about some hundred batches.
+next_batch = growth.next_batch = cache(growth.next_batch)
 TRAIN_SAMPLES = 1_281_167  # ImageNet
 UNIT = 200  # samples of an update of progress 1
 MOVING_AVERAGE = 0.9  # what a measurement leaves of the average (measure/gradient_noise.py)
@@ -253,6 +255,15 @@ def _updates(noise: Noise, batch: float) -> float:
     )
 
 
+@cache
+def _searched(noise: Noise) -> list[list[tuple[float, float]]]:
+    """By span and batch of SEARCHED: φ, and the progress of an update."""
+    return [
+        [(found, gain(found, batch)) for batch in SEARCHED for found in (noise.at(span, batch),)]
+        for span in range(len(noise.ends))
+    ]
+
+
 def _lengths(noise: Noise) -> list[float]:
     """Of the spans, in progress."""
     return [end - begin for begin, end in pairwise((0.0, *noise.ends))]
@@ -297,9 +308,13 @@ def replay(
     measurements = 0
     parts: list[tuple[float, int, float]] = []
     since = (0.0, 0)  # progress and updates where the batch began
+    known = (-1, 0)  # the span and the batch of `found`, `rate` and `ratio`
     while True:
-        found = noise.at(span, batch)
-        rate = gain(found, batch)
+        if known != (span, batch):
+            known = (span, batch)
+            found = noise.at(span, batch)
+            rate = gain(found, batch)
+            ratio = overhead(batch, next_batch(batch, first=first))
         to_measure = NOISE_EVERY - updates % NOISE_EVERY
         due = (samples * per_epoch // TRAIN_SAMPLES + 1) * TRAIN_SAMPLES
         to_decide = -(-(due - samples * per_epoch) // (per_epoch * batch))
@@ -317,11 +332,10 @@ def replay(
             weight = MOVING_AVERAGE * weight + 1 - MOVING_AVERAGE
             measurements += 1
         if number == to_decide and measurements >= MEASUREMENTS:
-            larger = next_batch(batch, first=first)
             # φ·k and a/b/k have the same B*, and k times the bound.
             measured = Measured(
                 noise=bound * weight / squared,
-                overhead=overhead(batch, larger) / bound,
+                overhead=ratio / bound,
                 measurements=measurements,
             )
             chosen = choose(batch, measured, bounds, first=first).global_batch
@@ -339,15 +353,14 @@ def best_schedule(
     batch), and is at most `bound` φ (the smallest where φ is smaller).
     """
     updates = samples = 0.0
-    costs = [(batch, cost(batch)) for batch in SEARCHED]
-    for span, length in enumerate(_lengths(noise)):
-        _, batch = min(
-            (each / gain(found, batch), batch)
-            for batch, each in costs
-            for found in (noise.at(span, batch),)
+    costs = [cost(batch) for batch in SEARCHED]
+    for length, spans in zip(_lengths(noise), _searched(noise), strict=True):
+        _, batch, rate = min(
+            (each / rate, batch, rate)
+            for batch, each, (found, rate) in zip(SEARCHED, costs, spans, strict=True)
             if batch <= max(UNIT, bound * found)
         )
-        made = length / gain(noise.at(span, batch), batch)
+        made = length / rate
         updates += made
         samples += made * batch
     return updates, samples

@@ -43,7 +43,9 @@ def clones(lists):
 def assert_within(actual, exact, bound):
     for i, (a, e, b) in enumerate(zip(actual, exact, bound, strict=True)):
         excess = (a.double() - e).abs() - b
-        assert not (excess > 0).any(), f"tensor {i}: {excess.max().item():.3g} above the bound"
+        assert not (excess > 0).any(), (
+            f"tensor {i}, {ops.cpu_isa()}: {excess.max().item():.3g} above the bound"
+        )
 
 
 OPTIONS = list(
@@ -51,31 +53,55 @@ OPTIONS = list(
 )
 
 
+@pytest.fixture
+def each_isa():
+    """Sets the instruction sets one after the other, for what is compared with one reference."""
+    before = ops.cpu_isa()
+
+    def each():
+        for name in instruction_sets():
+            ops.cpu_isa(name)
+            yield name
+
+    yield each
+    ops.cpu_isa(before)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("offset", [0, 3])
-def test_one_update_is_that_of_float64(isa, form, offset):
+def test_one_update_is_that_of_float64(each_isa, form, offset):
+    first_params = tensors(SIZES, seed=1, offset=offset)
+    grads = tensors(SIZES, form, seed=2, offset=offset)
+    first_momenta = tensors(SIZES, seed=3, offset=offset)
+
+    def copied(lists):  # at the same place in memory: unaligned where they were
+        return [torch.cat([one.new_zeros(offset), one])[offset:] for one in lists]
+
     for momentum, weight_decay, nesterov, maximize, scale in OPTIONS:
         if nesterov and momentum == 0:
             continue
         options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         options |= {"lr": 0.1, "maximize": maximize}
-        params = tensors(SIZES, seed=1, offset=offset)
-        grads = tensors(SIZES, form, seed=2, offset=offset)
-        momenta = tensors(SIZES, seed=3, offset=offset) if momentum else []
-        exact_params, exact_momenta = ([t.double() for t in one] for one in (params, momenta))
         given = None if scale is None else torch.tensor(scale)
+        exact_params = [t.double() for t in first_params]
+        exact_momenta = [t.double() for t in first_momenta] if momentum else []
         # Every rounding errs by at most EPS of what it rounds; 8 of them, of at most this size:
-        size = [
-            p.abs().double()
-            + (1 + momentum) * (g.abs().double() / (scale or 1) + weight_decay * p.abs().double())
-            + (momentum * m.abs().double() if momentum else 0)
-            for p, g, m in zip(params, grads, momenta or params, strict=True)
+        bound = [
+            8
+            * EPS
+            * (
+                p.abs()
+                + (1 + momentum) * (g.abs().double() / (scale or 1) + weight_decay * p.abs())
+                + (momentum * m.abs() if momentum else 0)
+            )
+            for p, g, m in zip(exact_params, grads, exact_momenta or exact_params, strict=True)
         ]
-        bound = [8 * EPS * s for s in size]
         ops.fused_sgd_reference(exact_params, grads, exact_momenta, grad_scale=given, **options)
-        ops.fused_sgd_(params, grads, momenta, grad_scale=given, **options)
-        assert_within(params, exact_params, bound)
-        assert_within(momenta, exact_momenta, bound if momenta else [])
+        for _ in each_isa():
+            params, momenta = copied(first_params), copied(first_momenta if momentum else [])
+            ops.fused_sgd_(params, grads, momenta, grad_scale=given, **options)
+            assert_within(params, exact_params, bound)
+            assert_within(momenta, exact_momenta, bound if momenta else [])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,7 +17,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from hvd_lbt.cli import main
 from hvd_lbt.data import index as index_module
-from hvd_lbt.data.formats import SplitError
+from hvd_lbt.data.formats import Extents, SplitError
+from hvd_lbt.data.formats.webdataset import scan_webdataset
 from hvd_lbt.data.identity import identity
 from hvd_lbt.data.store import Store, open_splits, open_train_split
 from hvd_lbt.errors import UserError
@@ -86,16 +87,22 @@ def shard(tmp_path):
 
 
 def test_every_bit_of_a_header_is_looked_at(shard):
-    whole = tar_of(pairs())
+    whole, refusals = tar_of(pairs()), 0
     for at in range(4 * 1024, 4 * 1024 + 512):  # the third image's header
         for bit in (0, 3, 6, 7):
             data = bytearray(whole)
             data[at] ^= 1 << bit
+            folder = shard(bytes(data))
             try:
-                store = opened(shard(bytes(data)))
-            except UserError:
+                scan_webdataset(folder / "train/a.tar", Extents())
+            except UserError:  # and nothing else
+                refusals += 1
                 continue
-            assert samples(store) == EXPECTED
+            assert samples(opened(folder)) == EXPECTED
+    assert refusals > 2000
+    data = bytearray(whole)
+    data[4 * 1024] ^= 1  # the name's first letter
+    refused(shard(bytes(data)), r"a\.tar")
 
 
 def test_a_tar_cut_off_anywhere_is_an_error(shard):

@@ -123,7 +123,7 @@ def test_lanczos_finds_the_occam_factor_of_a_network(network):
     losses, precision, weights = network
     exact = find_evidence(losses, weights, precision).occam
     product = hessian_product(regularised(losses, precision), weights)
-    found = estimate_occam(product, weights, precision, probes=30, steps=25, generator=generator())
+    found = estimate_occam(product, weights, precision, probes=12, steps=25, generator=generator())
     assert found.truncation < 1e-3 * exact
     assert 0 < found.standard_error < 0.1 * exact
     assert abs(found.occam - exact) < 4 * found.standard_error + found.truncation

@@ -119,29 +119,44 @@ def test_data_that_cannot_be_written_is_indexed_in_the_cache_folder(old, tmp_pat
     assert len(list((tmp_path / "cache").rglob("train.npz"))) == 1
 
 
-OPEN = "import sys; from pathlib import Path; from hvd_lbt.data.store import open_train_split; "
-OPEN += "print(len(open_train_split(Path(sys.argv[1]))))"
+# Four processes at once, forked when all is imported: OUT/NUMBER.1 and .2 are what each prints.
+FOUR = """
+import os, sys
+from pathlib import Path
+from hvd_lbt.data.store import open_train_split
+
+data, out = map(Path, sys.argv[1:])
+for number in range(4):
+    if os.fork():
+        continue
+    try:
+        for descriptor in (1, 2):
+            os.dup2(os.open(out / f"{number}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        print(len(open_train_split(data)), flush=True)
+    finally:
+        os._exit(0)
+for _ in range(4):
+    os.wait()
+"""
 
 
-def begin(data: Path) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", OPEN, str(data)]
-    return subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
+def open_in_four(data: Path, out: Path) -> list[str]:
+    """What each of four processes says on stderr that open the data at once."""
+    out.mkdir()
+    subprocess.run([sys.executable, "-c", FOUR, data, out], cwd=ROOT, check=True, timeout=120)
+    assert [(out / f"{number}.1").read_text() for number in range(4)] == ["23\n"] * 4
+    return [(out / f"{number}.2").read_text() for number in range(4)]
 
 
 def test_of_many_processes_one_builds(tmp_path):
-    data = write_folder(tmp_path)  # new: a later process would not trust an index made now
-    ended = [process.communicate(timeout=60) for process in [begin(data) for _ in range(4)]]
-    assert [out for out, _ in ended] == ["23\n"] * 4
-    built = [err for _, err in ended if "Indexed" in err]
+    data = write_folder(tmp_path / "data")
+    said = open_in_four(data, tmp_path / "new")  # a later process would not trust an index made now
     # those that had not begun to wait when it was ready look once more, for the data is new
-    assert all(err == "" or "Indexed" in err for _, err in ended)
+    assert all(err == "" or "Indexed" in err for err in said)
+    assert any(said)
     age(data)
     (data / ".hvd_lbt/train.npz").unlink()
-    ended = [process.communicate(timeout=60) for process in [begin(data) for _ in range(4)]]
-    assert [out for out, _ in ended] == ["23\n"] * 4
-    assert sum("Indexed" in err for _, err in ended) == 1
-    assert built
+    assert sum("Indexed" in err for err in open_in_four(data, tmp_path / "old")) == 1
 
 
 def test_a_builder_that_died_is_replaced_and_one_that_stands_still_is_named(old, monkeypatch):

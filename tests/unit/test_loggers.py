@@ -103,6 +103,8 @@ def points_of(file):
 
 
 def test_wandb_continues_the_same_run_after_a_requeue(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     out = tmp_path / "run"
@@ -111,6 +113,7 @@ def test_wandb_continues_the_same_run_after_a_requeue(tmp_path, monkeypatch):
     time.sleep(1.1)  # W&B names a part by the second
     train(out, "[wandb]", range(3, 5), "finished")
     assert ids(out) == {"wandb": first}
+    wandb.teardown()  # its process has ended when this returns, and only then wrote all
     parts = sorted(out.glob(f"wandb/offline-run-*/run-{first}.wandb"))
     assert len(parts) == 2
     points = [point for part in parts for point in points_of(part)]

@@ -41,7 +41,8 @@ def test_inception_resnet_v2_is_timms():
     """Names, shapes and size as timm's inception_resnet_v2 publishes them: 55.84 M for 1,000
     classes.
     """
-    model = build_model(settings("inception_resnet_v2"), 1000, ghost_batch=2)
+    with torch.device("meta"):  # names and shapes alone
+        model = build_model(settings("inception_resnet_v2"), 1000, ghost_batch=2)
     assert sum(p.numel() for p in model.parameters()) == 55_843_464
     tensors = model.state_dict()
     assert len(tensors) == 1306
@@ -67,7 +68,7 @@ def test_inception_resnet_v2_reaches_every_parameter():
     torch.manual_seed(0)
     model = build_model(settings("inception_resnet_v2"), 10, ghost_batch=2)
     statistics = RunningStatistics(model)
-    logits = model(torch.randn(2, 3, 96, 96))
+    logits = model(torch.randn(2, 3, 75, 75))  # the smallest there is
     assert logits.shape == (2, 10)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

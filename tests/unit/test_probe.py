@@ -205,7 +205,8 @@ class OneRank:
 
 def start(micro_batch, kept=None, *, same_job=False, other=None):
     training, _ = setting()
-    recipe = load_recipe("digits", [f"layout.micro_batch={micro_batch}", "data.image_size=8"])
+    small = ["data.image_size=8", "schedule.max_global_batch=128"]  # few and small trials
+    recipe = load_recipe("digits", [f"layout.micro_batch={micro_batch}", *small])
     plan = make_plan(recipe.schedule, 1437)
     gather = OneRank(other)
     return starting_sizes(recipe, plan, training, World(), 5, kept, same_job, gather)

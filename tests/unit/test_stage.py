@@ -121,7 +121,7 @@ def test_killed_at_any_moment_no_half_copy_has_a_name(shards, monkeypatch):
 
     kills, unfinished = 0, 0
     generator = random.Random(0)
-    for _ in range(120):
+    for _ in range(40):
         child = begin(copy_all)
         time.sleep(generator.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
@@ -132,8 +132,8 @@ def test_killed_at_any_moment_no_half_copy_has_a_name(shards, monkeypatch):
             assert hashlib.sha256(copy.read_bytes()).digest() == digests[copy.name]
         if len(copies(local)) == len(digests):
             shutil.rmtree(own_folder(local))
-    assert kills > 20
-    assert unfinished > 5  # else no kill fell into a copy
+    assert kills > 10
+    assert unfinished > 3  # else no kill fell into a copy
     copy_all()
     assert {copy.name for copy in copies(local)} == set(digests)
     assert not list(local.rglob("*.part.*"))

@@ -209,7 +209,7 @@ def test_figure_and_page_can_be_made_from_the_json(study, tmp_path):
             )
         )
     made = json.loads(compact_json(made))
-    study.draw(made).savefig(tmp_path / "figure.png")
+    study.draw(made).savefig(tmp_path / "figure.png", dpi=20)
     text = page(study, made)
     assert study.judge(made).sentence in text
     assert f"hvd_lbt study {study.name}" in text

@@ -2,6 +2,8 @@
 again.
 """
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,11 +17,16 @@ from hvd_lbt.world import World
 ELEMENTS = 20_000
 
 
-def gradients(update: int, size: float = 1e-3) -> torch.Tensor:
-    """Many small elements and few large ones, as networks have: a log-normal of 2 decades."""
+@cache
+def drawn(update: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(update)
     signs = torch.randn(ELEMENTS, generator=generator)
-    return size * signs * torch.exp(1.5 * torch.randn(ELEMENTS, generator=generator))
+    return signs * torch.exp(1.5 * torch.randn(ELEMENTS, generator=generator))
+
+
+def gradients(update: int, size: float = 1e-3) -> torch.Tensor:
+    """Many small elements and few large ones, as networks have: a log-normal of 2 decades."""
+    return size * drawn(update)
 
 
 class Course:
@@ -62,15 +69,15 @@ SPIKES = [1e3, 1e5, 1e6, 1e8, 1e12, 1e20, 1e30, 3e38]
 @pytest.mark.parametrize("at", [0, 1, 20])
 def test_after_one_spike_the_next_updates_lose_nothing(spike, at):
     course = Course()
-    for update in range(at + 40):
+    for update in range(at + 25):  # the longest memory is of 16 updates and 3 trials
         gradient = gradients(update)
         if update == at:
             gradient[7] = spike
         sent = course.update(gradient)
-        keep = torch.arange(ELEMENTS) != 7
-        assert_nothing_lost(sent[keep], gradient[keep])
         if update == at:
             assert sent[7] == pytest.approx(spike, rel=1e-3)
+        sent[7] = gradient[7] = 0
+        assert_nothing_lost(sent, gradient)
     assert course.overflows == 1 if spike > 1e2 else 0
 
 
@@ -78,16 +85,17 @@ def test_after_one_spike_the_next_updates_lose_nothing(spike, at):
 @pytest.mark.parametrize("spike", SPIKES)
 def test_spikes_that_come_again_and_again(period, spike):
     course = Course()
-    for update in range(100):
+    updates = max(40, 5 * period)
+    for update in range(updates):
         gradient = gradients(update)
         if update % period == 0:
             gradient[7] = spike
         sent = course.update(gradient)
-        keep = torch.arange(ELEMENTS) != 7
-        assert_nothing_lost(sent[keep], gradient[keep])
+        sent[7] = gradient[7] = 0
+        assert_nothing_lost(sent, gradient)
     if spike <= 1e3:  # the lower scale harms nothing: it is taken, and kept while spikes come
         assert course.overflows <= 3
-    assert course.overflows <= -(-100 // period)
+    assert course.overflows <= -(-updates // period)
 
 
 def test_a_burst_that_fades_does_not_set_the_scale():
@@ -138,23 +146,31 @@ def test_the_share_below_the_smallest_normal_number_is_counted():
     assert course.reducer.stats()["underflow"] == pytest.approx(200 / (ELEMENTS - 1000))
 
 
-@pytest.mark.parametrize("stop", range(1, 12))
-def test_a_resumed_run_continues_with_the_same_scales(stop):
-    def spiked(update):
-        gradient = gradients(update)
-        if update in (3, 6, 7, 10):
-            gradient[7] = 1e9
-        return gradient
+def spiked(update: int) -> torch.Tensor:
+    gradient = gradients(update)
+    if update in (3, 6, 7, 10):
+        gradient[7] = 1e9
+    return gradient
 
-    whole, first = Course(), Course()
-    expected = [whole.update(spiked(update)) for update in range(30)]
+
+@pytest.fixture(scope="module")
+def whole():
+    """A run of 30 updates, and what each sent."""
+    course = Course()
+    return course, [course.update(spiked(update)) for update in range(30)]
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_resumed_run_continues_with_the_same_scales(whole, stop):
+    uninterrupted, expected = whole
+    first = Course()
     for update in range(stop):
         first.update(spiked(update))
     resumed = Course()
     resumed.reducer.load_state_dict(first.reducer.state_dict())
     for update in range(stop, 30):
         assert torch.equal(resumed.update(spiked(update)), expected[update])
-    assert resumed.reducer.state_dict() == whole.reducer.state_dict()
+    assert resumed.reducer.state_dict() == uninterrupted.reducer.state_dict()
 
 
 def test_a_checkpoint_of_an_older_program_loads_and_its_lowered_scale_recovers():
