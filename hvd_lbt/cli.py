@@ -98,8 +98,8 @@ def _run(argv: Sequence[str] | None) -> int:
         _end_all_ranks(EXIT_USER_ERROR)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if _world_is_up() is not None:
-            raise
+        if (comm := _world_is_up()) is not None:
+            comm.abort(EXIT_INTERRUPTED)
         code = EXIT_INTERRUPTED
     except Exception as error:  # a fault of the program or of the machine, on this rank alone
         comm, reason = _world_is_up(), _reason_of_the_machine(error)
