@@ -88,7 +88,14 @@ def test_the_ranks_over_time_are_drawn_and_the_slow_one_is_named(tmp_path, capsy
     assert evil not in html
 
 
-def test_lines_of_ranks_that_do_not_fit_together_are_counted(tmp_path, capsys):
+def draw_only(monkeypatch, *names):
+    """Leave out the other pictures, which tests above draw."""
+    drawn = {name: report.PICTURES[name] for name in names}
+    monkeypatch.setattr(report, "PICTURES", drawn)
+
+
+def test_lines_of_ranks_that_do_not_fit_together_are_counted(tmp_path, capsys, monkeypatch):
+    draw_only(monkeypatch, "ranks.png")
     run = with_ranks(write_run(tmp_path / "run"), damaged=True)
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert "4 lines are damaged" in capsys.readouterr().out
@@ -105,7 +112,8 @@ def test_of_many_ranks_those_that_were_slow_are_shown(tmp_path):
     assert (len(found.labels), found.left_out) == (48, 952)
 
 
-def test_the_estimate_after_a_fifth_of_the_run_is_judged(tmp_path, capsys):
+def test_the_estimate_after_a_fifth_of_the_run_is_judged(tmp_path, capsys, monkeypatch):
+    draw_only(monkeypatch)
     run = write_run(tmp_path / "run")
     lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
     updates = [line for line in lines if line["event"] == "update"]
