@@ -50,5 +50,11 @@ class WandbLogger:
             self._to.log({"update": record.update, **record.values})
 
     def close(self, reason: str) -> None:
-        """Upload what is left."""
+        """Upload what is left, and wait until it is in the files.
+
+        `finish` returns some milliseconds before W&B's own process has written them, and a job
+        that ends then may kill that process. It is not ended while a run of yours needs it.
+        """
         self._to.finish(exit_code=0)
+        if wandb.run is None:
+            wandb.teardown()
