@@ -1,18 +1,32 @@
 """Starts this program, or a script, on real ranks under the launcher of Open MPI."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
+from preloaded import FOLDER, Loaders
 
 ROOT = Path(__file__).parents[2]
+RANK = (sys.executable, "-I", "-S", str(Path(__file__).with_name("preloaded.py")))
+VARIABLES = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    # a rank that waits leaves its core to one that computes, as under launch/local
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 @dataclass(frozen=True)
@@ -59,34 +73,46 @@ class Launch:
                 process.kill()
 
 
-def command(ranks: int, words: Sequence[str | Path]) -> list[str]:
+@cache
+def loaders() -> Loaders:
+    """Those of this process, which end with it."""
+    folder = tempfile.mkdtemp(prefix="loaders-")
+    os.environ[FOLDER] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    found = Loaders(Path(folder), os.environ | VARIABLES)
+    atexit.register(found.end)
+    return found
+
+
+def command(
+    ranks: int, words: Sequence[str | Path], python: Sequence[str] = (sys.executable,)
+) -> list[str]:
     """mpirun, as horovodrun calls it; one rank needs no launcher."""
-    program = [sys.executable, *map(str, words)]
+    program = [*python, *map(str, words)]
     if ranks == 1:
         return program
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
 
 
 def begin(
-    ranks: int, *words: str | Path, timeout: float = 300, launcher: str | None = None
+    ranks: int,
+    *words: str | Path,
+    timeout: float = 300,
+    launcher: str | None = None,
+    python: Sequence[str] = (sys.executable,),
 ) -> Launch:
     """Begin `python *words` on that many ranks, or `hvd_lbt *words` by one of the scripts in
     launch/.
 
-    launcher: the script, or another launcher's words up to the number of ranks.
+    launcher: the script, or another launcher's words up to the number of ranks. python: what runs
+    the words.
     """
-    environment = os.environ | {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
     if launcher:
         name, *options = launcher.split()
         program = [ROOT / name if "/" in name else name, *options, str(ranks), *words]
     process = subprocess.Popen(
-        program if launcher else command(ranks, words),
-        env=environment,
+        program if launcher else command(ranks, words, python),
+        env=os.environ | VARIABLES,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,7 +123,11 @@ def begin(
 
 
 def run_ranks(ranks: int, *words: str | Path, timeout: float = 300) -> str:
-    """Run `python *words` on that many ranks; they must end with 0. Gives what they wrote."""
-    ended = begin(ranks, *words, timeout=timeout).wait()
+    """Run `python *words` on that many ranks; they must end with 0. Gives what they wrote.
+
+    The ranks are forks (preloaded.py); those of `begin` are not.
+    """
+    loaders().need(ranks)
+    ended = begin(ranks, *words, timeout=timeout, python=RANK).wait()
     assert ended.code == 0, f"exit code {ended.code}:\n{ended.output[-4000:]}"
     return ended.output
