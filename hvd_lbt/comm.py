@@ -36,6 +36,7 @@ from hvd_lbt.world import RANK_VARIABLES, World
 _GLOO = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "gloo"
 try:
     if not _GLOO:
+        launcher.delay_abort()
         import mpi4py
 
         # mpi4py's own MPI_Init and MPI_Finalize keep the GIL while they wait for all ranks, and the
@@ -165,8 +166,8 @@ def _start_mpi() -> None:
 
 
 def _end_mpi() -> None:
-    """MPI_Finalize, without the GIL; it waits for all ranks."""
-    if MPI.Is_initialized() and not MPI.Is_finalized():
+    """MPI_Finalize, without the GIL; it waits for all ranks, and needs the launcher."""
+    if MPI.Is_initialized() and not MPI.Is_finalized() and not launcher.is_gone():
         with _WaitingFor("the end of all ranks"):
             ctypes.CDLL(MPI.__file__).MPI_Finalize()
 

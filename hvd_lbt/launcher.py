@@ -25,6 +25,23 @@ SUPERVISOR = "launch/supervise.py"
 # From the launcher's end to the rank's: an update and a checkpoint must fit.
 SECONDS_TO_SAVE = 15.0
 SECONDS_BETWEEN_LOOKS = 0.5
+# Open MPI 4 and 5: a process that loses mpirun calls MPI_Abort's code by itself, about a second
+# later, in the middle of what it saves. This setting of theirs holds that back.
+ABORT_DELAY = "OMPI_MCA_opal_abort_delay"
+_gone = threading.Event()
+
+
+def delay_abort() -> None:
+    """Let MPI wait for the end of SECONDS_TO_SAVE before it aborts; to be called before MPI_Init.
+
+    Any other MPI_Abort takes as long. A value that the user has set stays.
+    """
+    os.environ.setdefault(ABORT_DELAY, f"{SECONDS_TO_SAVE + 5:.0f}")
+
+
+def is_gone() -> bool:
+    """Whether the launcher was found gone: then nothing that needs it, as MPI_Finalize, ends."""
+    return _gone.is_set()
 
 
 def watch() -> None:
@@ -49,6 +66,7 @@ def watch() -> None:
 def _watch(launcher: list[psutil.Process], supervisors: list[psutil.Process]) -> None:
     while all(map(_runs, launcher)) and (not supervisors or any(map(_runs, supervisors))):
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    _gone.set()
     with suppress(OSError):
         who = f"process {os.getpid()} on {os.uname().nodename}"
         message = f"hvd_lbt: the launcher was killed: {who} stops after this update and saves.\n"
