@@ -1,6 +1,7 @@
 """`layout.micro_batch: auto`: which sizes are tried, what is taken, and that nothing is left."""
 
 import copy
+import gc
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -22,6 +23,13 @@ from hvd_lbt.training import Training
 from hvd_lbt.world import World
 
 GHOST = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage():
+    """Each trial collects garbage: what the tests before have left in memory is none of it."""
+    gc.collect()
+    gc.freeze()
 
 
 class Net(nn.Module):
