@@ -36,7 +36,6 @@ from hvd_lbt.world import RANK_VARIABLES, World
 _GLOO = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() == "gloo"
 try:
     if not _GLOO:
-        launcher.delay_abort()
         import mpi4py
 
         # mpi4py's own MPI_Init and MPI_Finalize keep the GIL while they wait for all ranks, and the

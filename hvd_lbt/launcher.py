@@ -7,6 +7,7 @@ is watched, since a rank that was started by hand may outlive its shell; elastic
 driver themselves.
 """
 
+import ctypes
 import errno
 import io
 import os
@@ -25,18 +26,23 @@ SUPERVISOR = "launch/supervise.py"
 # From the launcher's end to the rank's: an update and a checkpoint must fit.
 SECONDS_TO_SAVE = 15.0
 SECONDS_BETWEEN_LOOKS = 0.5
-# Open MPI 4 and 5: a process that loses mpirun calls MPI_Abort's code by itself, about a second
-# later, in the middle of what it saves. This setting of theirs holds that back.
-ABORT_DELAY = "OMPI_MCA_opal_abort_delay"
 _gone = threading.Event()
 
 
-def delay_abort() -> None:
-    """Let MPI wait for the end of SECONDS_TO_SAVE before it aborts; to be called before MPI_Init.
+def _hold_back_abort() -> None:
+    """Let Open MPI wait for the end of SECONDS_TO_SAVE before it aborts.
 
-    Any other MPI_Abort takes as long. A value that the user has set stays.
+    A process that loses mpirun calls MPI_Abort's code by itself, about a second later, in the
+    middle of what it saves. The variable is that of the MCA parameter opal_abort_delay, which any
+    other abort would wait for too: so it is set when the launcher is gone, and not before.
     """
-    os.environ.setdefault(ABORT_DELAY, f"{SECONDS_TO_SAVE + 5:.0f}")
+    with suppress(OSError):
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            loaded = {line.split()[-1] for line in maps if "libopen-pal" in line}
+        for library in loaded:
+            with suppress(OSError, ValueError):  # of an MPI that has no such variable
+                delay = ctypes.c_int.in_dll(ctypes.CDLL(library), "opal_abort_delay")
+                delay.value = int(SECONDS_TO_SAVE) + 5
 
 
 def is_gone() -> bool:
@@ -67,6 +73,7 @@ def _watch(launcher: list[psutil.Process], supervisors: list[psutil.Process]) ->
     while all(map(_runs, launcher)) and (not supervisors or any(map(_runs, supervisors))):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     _gone.set()
+    _hold_back_abort()
     with suppress(OSError):
         who = f"process {os.getpid()} on {os.uname().nodename}"
         message = f"hvd_lbt: the launcher was killed: {who} stops after this update and saves.\n"
