@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 WINDOWS = (16, 64, 256)  # updates: a long one finds in noise what a short one cannot
 SLOW = 1.15  # median own time, as a multiple of the reference, of a rank that is named
+LEAST_EXCESS = 0.002  # seconds an update; less is the operating system's, and costs nobody much
 FAST = 1.07  # below it the rank is no longer slow
 # Standard errors of a difference of medians, by the spread in the window, that it must exceed: a
 # run has thousands of windows and ranks, and neighbouring updates are not independent.
@@ -78,11 +79,11 @@ class SlowRanks:
     """Finds the ranks that are slow, by the times of all ranks.
 
     hosts: of each rank. A rank is named when its median own time over the last 16 (or 64, or 256)
-    updates is at least 1.15 times the reference, in both halves of them above 1.07 times, and the
-    difference is beyond the noise in that window. It is cleared when the median of as many updates
-    is below 1.07 times the reference. Time in which it was ready to run and had no CPU core counts
-    only if that lasts 5 s. Where the ranks' shares of an update change (a new stage) the windows
-    begin anew.
+    updates is at least 1.15 times the reference and 2 ms above it, in both halves of them above
+    1.07 times, and the difference is beyond the noise in that window. It is cleared when the median
+    of as many updates is below 1.07 times the reference. Time in which it was ready to run and had
+    no CPU core counts only if that lasts 5 s. Where the ranks' shares of an update change (a new
+    stage) the windows begin anew.
     """
 
     def __init__(self, hosts: Sequence[str]):
@@ -181,7 +182,7 @@ class SlowRanks:
         peers = reference(np.exp(medians), self._samples)
         there = self._samples > 0
         ratios = np.where(peers > 0, np.exp(medians) / np.maximum(peers, 1e-9), 0.0)
-        slow = ratios >= SLOW
+        slow = (ratios >= SLOW) & (np.exp(medians) - peers >= LEAST_EXCESS)
         if not slow.any():
             return ratios, slow
         spread = 1.4826 * np.median(np.abs(windows - medians[:, :, None]), axis=2)
