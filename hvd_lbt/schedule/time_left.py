@@ -3,9 +3,10 @@
 The seconds of an update are a + b·w, where w is the work of the rank with most samples: the cost of
 each of its micro-batches. a and b are fitted to the updates' mean seconds in each stage, so two
 batch sizes suffice, and a growth ahead is in the estimate. Before a second size has been seen, b·w
-is the measured time of forward and backward and a the rest of an update: the sums, the optimizer
-and all else. What a micro-batch of another size costs is measured once (`micro_batch_costs`), or
-taken in proportion to its samples, which is an upper bound where batches grow.
+is the measured time of forward and backward and of the wait for data, and a the rest of an update:
+the sums, the optimizer and all else. What a micro-batch of another size costs is measured once
+(`micro_batch_costs`), or taken in proportion to its samples, which is an upper bound where batches
+grow.
 """
 
 from collections import deque
@@ -21,7 +22,7 @@ WARMUP = 3  # updates at the start that count nowhere: memory is allocated, kern
 ENOUGH = 8  # updates of a size, from which its own mean counts
 KEPT = 512  # updates of a size that are remembered, the newest
 HICCUP = 4.0  # medians; what an update takes beyond is no habit of this run
-INPUT_BOUND = 0.05  # share of an update that waits for data, from which the input sets the speed
+INPUT_BOUND = 0.25  # share of an update that waits for data, from which the input sets the speed
 Key = tuple[int, int, int, int]  # global batch, ghost batch, micro-batch, image size
 FORWARD = 1 / 3  # of forward and backward
 
@@ -184,7 +185,7 @@ class TimeLeft:
             return None
         if median(size.data or (0.0,)) > INPUT_BOUND * means[key]:
             return 0.0, means[key] / stage.global_batch
-        seconds = self._fit(timed, means, work, data_in_samples=True)
+        seconds = self._fit(timed, means, work)
         twice = self._key(stage.index, 2 * stage.global_batch)
         once, more = (seconds(self._work(one, self._size(one))) for one in (key, twice))
         b = min(max((more - once) / stage.global_batch, 0.0), once / stage.global_batch)
@@ -195,6 +196,7 @@ class TimeLeft:
         """Go on with another plan, which differs from the next update on."""
         self.plan = plan
         self.use(micro_batches)
+        self._refresh()
 
     def micro_batches_ahead(self, update: int) -> list[int]:
         """The different sizes of a micro-batch from this update on, of the rank with most.
@@ -284,12 +286,10 @@ class TimeLeft:
         timed: Mapping[Key, _Size],
         means: Mapping[Key, float],
         work: Mapping[Key, float],
-        *,
-        data_in_samples: bool = False,
     ) -> Callable[[float], float]:
         """Seconds of an update by its work: a + b·w, by least squares relative to each mean.
 
-        data_in_samples: of one size alone, the wait for data is a part of b·w, not of a.
+        Of one size alone, forward and backward and the wait for data are b·w.
         """
         points = sorted((work[key], means[key], len(size.seconds)) for key, size in timed.items())
         if len({round(w, 9) for w, _, _ in points}) > 1:
@@ -308,7 +308,7 @@ class TimeLeft:
         size = timed[key]
         whole = means[key]
         own = min(robust_mean(size.compute), whole) if size.compute else whole
-        if data_in_samples and size.data:
+        if size.data:
             own = min(own + robust_mean(size.data), whole)
         b = own / work[key]
         return lambda w: whole - own + b * w
@@ -318,7 +318,7 @@ class TimeLeft:
         rates = [
             size.samples / means[key]
             for key, size in timed.items()
-            if size.data and robust_mean(size.data) > INPUT_BOUND * means[key]
+            if size.data and median(size.data) > INPUT_BOUND * means[key]
         ]
         return max(rates, default=float("inf"))
 
