@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lbt.errors import UserError, shown
-from hvd_lbt.recipe import Recipe
+from hvd_lbt.recipe import Recipe, recipe_of
 from hvd_lbt.schedule.growth import (
     MEASUREMENTS,
     PART_OF_DATA,
+    PER_EPOCH,
     Bounds,
     Choice,
     Growth,
@@ -24,7 +25,7 @@ from hvd_lbt.schedule.growth import (
     choose,
     is_due,
 )
-from hvd_lbt.schedule.plan import Plan, Stage, Update, make_plan
+from hvd_lbt.schedule.plan import MAX_UPDATES, Plan, Stage, Update, make_plan
 from hvd_lbt.schedule.plan_time import Cluster, work_of
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.schedule.speed import SpeedProfile, update_time
@@ -33,7 +34,7 @@ from hvd_lbt.whole_file import write_whole
 FILE = "decisions.jsonl"
 LONGEST_FILE = 64_000_000  # bytes; a decision has about 500
 # What a line of a decision must have for a replay.
-FIELDS = ("update", "samples_seen", "global_batch", "multiple")
+FIELDS = ("update", "samples_seen", "global_batch_before", "global_batch", "multiple")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Growing:
         replay: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.schedule, self._ghost_batch = recipe.schedule, recipe.layout.ghost_batch
-        self._train_samples = train_samples
+        self._train_samples, self._recipe = train_samples, recipe.to_dict()
         self.replays = replay is not None
         self.decisions = list(replay or ())
         if state is not None:
@@ -186,6 +187,7 @@ class Growing:
         end: finished or stopped.
         """
         head = {"event": "run", "name": name, **self._identity(), "replays": self.replays}
+        head["recipe"] = self._recipe
         lines = [head, *({"event": "decision", **one} for one in self.decisions)]
         if end is not None:
             lines.append({"event": "end", "reason": end})
@@ -284,20 +286,13 @@ def profile_costs(
     return Costs.of(seconds, global_batch)
 
 
-def open_growing(
-    recipe: Recipe, train_samples: int, state: Mapping[str, Any] | None, replay: Path | None
-) -> Growing:
-    """Of a run that begins, or goes on from the state of a checkpoint. replay: see
-    `read_decisions`.
-    """
-    decisions = None if replay is None else read_decisions(replay, recipe, train_samples)
-    return Growing(recipe, train_samples, state and state.get("growing"), decisions)
+def read_decisions(
+    path: Path, recipe: Recipe, train_samples: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The decisions of another run, for a replay, and what there is to say about them.
 
-
-def read_decisions(path: Path, recipe: Recipe, train_samples: int) -> list[dict[str, Any]]:
-    """The decisions of another run, for a replay. path: RUN, or its decisions.jsonl.
-
-    Raises UserError if there are none, or if they are of another schedule or other data.
+    path: RUN, or its decisions.jsonl. Raises UserError if there are none, if they are of another
+    schedule or other data, or not as the run wrote them.
     """
     if recipe.schedule.policy != "measured":
         raise UserError(
@@ -307,7 +302,35 @@ def read_decisions(path: Path, recipe: Recipe, train_samples: int) -> list[dict[
     file = path / FILE if path.is_dir() else path
     what = f"--replay {file}"
     head, *lines = _lines_of(file, what)
-    wanted = Growing(recipe, train_samples)._identity()
+    growing = Growing(recipe, train_samples)
+    _check_head(head, growing._identity(), what)
+    decisions = [
+        {key: value for key, value in line.items() if key != "event"}
+        for line in lines
+        if line.get("event") == "decision"
+    ]
+    for number, one in enumerate(decisions, start=1):
+        _check_decision(growing, one, f"{what}: decision {number}")
+        growing.take(one)
+    notes = []
+    if not lines or lines[-1] != {"event": "end", "reason": "finished"}:
+        until = f"update {decisions[-1]['update']:,}" if decisions else "its beginning"
+        notes.append(
+            f"{what}: that run did not finish, or has not yet. Its decisions end at {until}; from "
+            "there on this run keeps its batch."
+        )
+    try:
+        changes = recipe.changes_since(recipe_of(head.get("recipe"), what).to_dict())
+    except UserError:
+        changes = "its recipe cannot be read"
+    if changes:
+        notes.append(
+            f"{what}: that run had other settings ({changes}): the same updates, other bits."
+        )
+    return decisions, notes
+
+
+def _check_head(head: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
     if head.get("event") != "run" or not wanted.keys() <= head.keys():
         raise UserError(f"{what}: its first line does not say of which run it is.")
     if head["schedule"] != wanted["schedule"]:
@@ -326,21 +349,30 @@ def read_decisions(path: Path, recipe: Recipe, train_samples: int) -> list[dict[
                 f"{what}: that run had {name.replace('_', ' ')} {shown(head[name])}, and this one "
                 f"has {wanted[name]:,}; the updates would be others."
             )
-    decisions = [
-        {key: value for key, value in line.items() if key != "event"}
-        for line in lines
-        if line.get("event") == "decision"
-    ]
-    seen = 0
-    for number, one in enumerate(decisions, start=1):
-        values = [one.get(name) for name in (*FIELDS, "global_batch_before")]
-        if not all(isinstance(value, int) and value > 0 for value in values):
-            raise UserError(f"{what}: decision {number} has not all of {', '.join(FIELDS)}.")
-        if one["samples_seen"] <= seen:
-            raise UserError(f"{what}: decision {number} is not later than the one before it.")
-        seen = one["samples_seen"]
-    _check_plan(recipe.schedule, train_samples, decisions, what)
-    return decisions
+
+
+def _check_decision(growing: Growing, one: Mapping[str, Any], what: str) -> None:
+    """That a run with the decisions before it could have decided this one, where it says."""
+    for name in FIELDS:
+        if type(one.get(name)) is not int or not 0 < one[name] <= MAX_UPDATES * 10**4:
+            raise UserError(f"{what}: {name} is {shown(one.get(name))}; it must be a count.")
+    plan, update = growing.plan, one["update"]
+    if update >= plan.updates or plan.at(update).samples_seen != one["samples_seen"]:
+        raise UserError(
+            f"{what}: {one['samples_seen']:,} samples before update {update:,} are not what the "
+            "plan has there; a line before it is missing, or was changed."
+        )
+    batch = plan.stages[plan.at(update).stage].global_batch
+    if batch != one["global_batch_before"]:
+        raise UserError(
+            f"{what}: the global batch before it is {batch:,}, and it says "
+            f"{one['global_batch_before']:,}; a line before it is missing, or was changed."
+        )
+    if not batch <= one["global_batch"] <= max(batch, growing.schedule.max_global_batch):
+        raise UserError(
+            f"{what}: a global batch of {one['global_batch']:,} after one of {batch:,} is none "
+            "that a run decides on."
+        )
 
 
 def _lines_of(file: Path, what: str) -> list[dict[str, Any]]:
@@ -366,21 +398,6 @@ def _lines_of(file: Path, what: str) -> list[dict[str, Any]]:
     if not lines:
         raise UserError(f"{what} is empty.")
     return lines
-
-
-def _check_plan(
-    schedule: Schedule, train_samples: int, decisions: Sequence[dict[str, Any]], what: str
-) -> None:
-    """That each change comes where an update of the plan ends, as it did in the run."""
-    growth = growth_of(decisions)
-    plan = make_plan(schedule, train_samples, growth)
-    ends = {stage.first_sample for stage in plan.stages}
-    for one in growth:
-        if one.samples_seen not in ends and one.samples_seen < plan.stages[-1].first_sample:
-            raise UserError(
-                f"{what}: after {one.samples_seen:,} samples no update ends, so that the batch "
-                "cannot change there; the file is not as the run wrote it."
-            )
 
 
 def widest_plan(schedule: Schedule, train_samples: int, ghost_batch: int, every: int) -> Plan:
@@ -424,9 +441,17 @@ def _next_due(plan: Plan, index: int) -> int:
     """The first update from `index` on after which the batch is decided; plan.updates if none."""
     while index < plan.updates:
         update = plan.at(index)
-        end = update.samples_seen + update.global_batch
-        warms_up = plan.stages[update.stage].shape == "warm_up"
-        if not warms_up and is_due(update.samples_seen, end, plan.train_samples):
-            return index
-        index += 1
+        stage = plan.stages[update.stage]
+        following = stage.first_update + stage.updates
+        if stage.shape != "warm_up":
+            parts = update.samples_seen * PER_EPOCH // plan.train_samples + 1
+            border = -(-parts * plan.train_samples // PER_EPOCH)  # where the next part ends
+            more = border - update.samples_seen - stage.global_batch
+            due = index + max(0, -(-more // stage.global_batch))
+            if due < following:
+                return due
+            last = plan.at(following - 1)  # of another batch at the end of the run
+            if is_due(last.samples_seen, last.samples_seen + last.global_batch, plan.train_samples):
+                return following - 1
+        index = following
     return index

@@ -52,11 +52,18 @@ class MicroBatchSizes:
         )
         return replace(self, stages=stages)
 
-    def replanned(self, before: Plan, after: Plan) -> "MicroBatchSizes":
-        """Of the stages of `after`: what the stage of `before` at the same sample has."""
-        begins = [stage.first_sample for stage in before.stages]
-        places = [bisect_right(begins, stage.first_sample) - 1 for stage in after.stages]
-        return replace(self, stages=tuple(self.stages[max(0, place)] for place in places))
+    def replanned(
+        self, before: Plan, after: Plan, ghost_batches: Sequence[int]
+    ) -> "MicroBatchSizes":
+        """Of the stages of `after`, whose ghost batches are given: what the same phase has in
+        `before`, or the phase before it, in whole ghost batches.
+        """
+        phases = [stage.phase for stage in before.stages]
+        stages = []
+        for stage, ghost_batch in zip(after.stages, ghost_batches, strict=True):
+            size = self.stages[max(0, bisect_right(phases, stage.phase) - 1)]
+            stages.append(max(ghost_batch, size // ghost_batch * ghost_batch))
+        return replace(self, stages=tuple(stages))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -93,7 +100,7 @@ class UpdateStream(Generic[Batch]):
         sizes: MicroBatchSizes,
         ghost_batches: Sequence[int],
     ):
-        self._updates, self._make, self._world = list(updates), make, world
+        self._updates, self._make, self._world = updates, make, world
         self.sizes, self.ghost_batches = sizes, ghost_batches
         self._place = 0
         self._source: Iterator[Batch] | None = None
@@ -119,7 +126,7 @@ class UpdateStream(Generic[Batch]):
         self._batches.check_all_taken(self._updates[self._place])
         self.close()
         self.sizes, self.ghost_batches = sizes, ghost_batches
-        self._updates[self._place + 1 :] = updates
+        self._updates, self._place = updates, -1
 
     def again(self, sizes: MicroBatchSizes) -> MicroBatches[Batch]:
         """The micro-batches of the present update once more, of other sizes; so are later ones.
@@ -142,14 +149,13 @@ class UpdateStream(Generic[Batch]):
         """(samples, ghost batch, image size) of all micro-batches from the present update on."""
         return {
             (count, ghost_batch, update.image_size)
-            for update in self._updates[self._place :]
+            for update in self._updates[max(0, self._place) :]
             for _, count, ghost_batch in self._ranges([update], sizes)
         }
 
     def _next(self) -> MicroBatches[Batch]:
         if self._source is None:
-            stages = {update.stage for update in self._updates[self._place :]}
-            most = max(self.sizes.stages[stage] for stage in stages)
+            most = max(self.sizes.stages[self._updates[self._place].stage :])
             self._source = self._make(self._ranges(self._updates[self._place :], self.sizes), most)
         update = self._updates[self._place]
         self._batches = MicroBatches.of_update(

@@ -22,7 +22,7 @@ from hvd_lbt.models import allow_graphs
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.sampler import MicroBatches
 from hvd_lbt.schedule.growth import MEASUREMENTS
-from hvd_lbt.schedule.plan import Plan, Stage, Update
+from hvd_lbt.schedule.plan import Plan, PlannedUpdates, Stage, Update
 from hvd_lbt.schedule.plan_time import Cluster
 from hvd_lbt.schedule.speed import SpeedProfile
 from hvd_lbt.speed_profile import load_profile
@@ -68,6 +68,8 @@ class Run:
             self.log.say(staged)
         self.log.begin(self.recipe, len(self.test_store), start.to_dict(), start.lines, hosts)
         self.log.write_decisions(self.growing)
+        for decision in self.growing.decisions if self.growing.replays else ():
+            self.log.event("decision", **decision)
 
     def update(self, update: Update, batches: MicroBatches[Batch]) -> None:
         """Do one update, again in smaller micro-batches if memory runs out, and log it."""
@@ -141,9 +143,9 @@ class Run:
         if not changes:
             return
         plan, stream = self.plan, self.stream
-        sizes = stream.sizes.replanned(before, plan)
-        following = [plan.at(index) for index in range(update.index + 1, plan.updates)]
-        stream.replan(following, sizes, ghost_batches(self.recipe, plan))
+        ghosts = ghost_batches(self.recipe, plan)
+        sizes = stream.sizes.replanned(before, plan, ghosts)
+        stream.replan(PlannedUpdates(plan, update.index + 1), sizes, ghosts)
         if self.recipe.run.compile:
             allow_graphs(len(stream.shapes(sizes)))
         self.log.replan(plan, sizes.stages)
@@ -242,7 +244,7 @@ class Run:
 
     def end(self, reason: str, updates_done: int) -> None:
         """Wait for the last checkpoint and close the log; reason: finished or stopped."""
-        self.profile.close()
+        self.profile.close(finished=reason == "finished")
         self.checkpoints.wait()
         self.log.write_decisions(self.growing, reason)
         if self.growing.undecided:

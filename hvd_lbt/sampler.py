@@ -147,7 +147,7 @@ class PlanSampler(BatchSampler):
                 f"PlanSampler: the data has {len(data):,} samples, the plan was made for "
                 f"{plan.train_samples:,}. Make it by make_plan(schedule, len(data))."
             )
-        if plan.schedule.policy == "measured" and not plan.growth:
+        if plan.schedule.policy == "measured" and plan.growth is None:
             raise UserError(
                 "PlanSampler: schedule.policy is measured, which decides the batches while "
                 "`hvd_lbt train` trains. Take another policy, or make the plan with what such a "

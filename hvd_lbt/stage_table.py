@@ -125,6 +125,13 @@ def _widest_note(recipe: Recipe, train_samples: int) -> str:
     schedule = recipe.schedule
     widest = widest_plan(schedule, train_samples, recipe.layout.ghost_batch, recipe.run.noise_every)
     largest = max(stage.global_batch for stage in widest.stages)
+    if largest == schedule.first_global_batch:
+        return (
+            f"Warning: the batch cannot grow: its bounds (N/{PART_OF_DATA} = "
+            f"{train_samples // PART_OF_DATA:,}, an lr of {schedule.largest_lr:g}, "
+            f"{schedule.max_global_batch:,}) leave no room for the next step, in whole ghost "
+            f"batches of {recipe.layout.ghost_batch}."
+        )
     return (
         "The batch grows as far as the measured gradient noise and an update's overhead make it "
         f"pay; its bounds (N/{PART_OF_DATA} = {train_samples // PART_OF_DATA:,}, an lr of "

@@ -19,7 +19,7 @@ from hvd_lbt.data.store import open_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.evaluate import local_device
-from hvd_lbt.growing import open_growing
+from hvd_lbt.growing import Growing, read_decisions
 from hvd_lbt.log.loggers import check_loggers
 from hvd_lbt.log.profile import Profile, allow_timeline
 from hvd_lbt.log.run_log import RunLog
@@ -28,7 +28,7 @@ from hvd_lbt.models import allow_graphs, check_image_sizes, check_one_sample
 from hvd_lbt.recipe import Recipe, load_recipe
 from hvd_lbt.run import Run
 from hvd_lbt.run_lock import RunLock, own_run
-from hvd_lbt.schedule.plan import Plan, Update, has_single_samples
+from hvd_lbt.schedule.plan import Plan, PlannedUpdates, Update, has_single_samples
 from hvd_lbt.stop import EXIT_STOPPED, StopRequest, ignore_signals
 from hvd_lbt.training import Training, make_training
 from hvd_lbt.world import World
@@ -113,7 +113,7 @@ def _begin(
 
 def _stream(
     recipe: Recipe,
-    plan: Plan,
+    growing: Growing,
     updates: Sequence[Update],
     store: Images | SyntheticStore,
     world: World,
@@ -127,7 +127,7 @@ def _stream(
             store,
             recipe.data,
             ranges,
-            plan.image_size_at,
+            lambda sample: growing.plan.image_size_at(sample),  # of the plan as it is then
             seed=recipe.run.seed,
             micro_batch=micro_batch,
             device=local_device(world),
@@ -135,7 +135,7 @@ def _stream(
             on_skipped=log.skipped_sample,
         )
 
-    stream = UpdateStream(updates, make, world, sizes, ghost_batches(recipe, plan))
+    stream = UpdateStream(updates, make, world, sizes, ghost_batches(recipe, growing.plan))
     if recipe.run.compile:
         allow_graphs(len(stream.shapes(sizes)))
     return stream
@@ -149,6 +149,24 @@ def _state(
         open_run(out, recipe, splits, resume) if world.rank == 0 else None
     )
     return state
+
+
+def _growing(
+    recipe: Recipe,
+    train_samples: int,
+    state: dict[str, Any] | None,
+    replay: Path | None,
+    world: World,
+) -> Growing:
+    """The plan as far as it is decided; rank 0 alone reads the decisions of another run."""
+    decisions = None
+    if replay is not None:
+        if world.rank == 0:
+            decisions, notes = read_decisions(replay, recipe, train_samples)
+            for note in notes:
+                print(note, flush=True)
+        decisions = comm.broadcast_object(decisions)
+    return Growing(recipe, train_samples, state and state.get("growing"), decisions)
 
 
 def _profile(
@@ -192,14 +210,14 @@ def train(
     state = membership.state if membership else None
     if state is None:
         state = _state(recipe, out, splits, resume, world)
-    growing = open_growing(recipe, len(train_store), state, replay)
+    growing = _growing(recipe, len(train_store), state, replay, world)
     plan = growing.plan
     first_update = state["update"] if state else 0
     if first_update == plan.updates:
         if world.rank == 0:
             print(f"{out} is finished: all {plan.updates:,} updates are done.", flush=True)
         return 0  # a requeued job has nothing left to do, which is no failure
-    updates = [plan.at(index) for index in range(first_update, plan.updates)]
+    updates = PlannedUpdates(plan, first_update)
     stores = {"train": train_store, "test": test_store}
     staged = stage_data(stores, recipe.data, copies=world.local_rank == 0)
     training = _begin(recipe, plan, train_store.classes, world, state)
@@ -210,7 +228,7 @@ def train(
     kept = state.get("micro_batch") if state else None
     start = starting_sizes(recipe, plan, training, world, classes, kept, same_job, gather)
     log = RunLog(out, world, plan, first_update, recipe)
-    stream = _stream(recipe, plan, updates, train_store, world, start.sizes, log)
+    stream = _stream(recipe, growing, updates, train_store, world, start.sizes, log)
     best_top1 = state["best_top1"] if state else -1.0
     run = Run(
         recipe=recipe,

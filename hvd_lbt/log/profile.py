@@ -50,15 +50,18 @@ class Profile:
         self._mine = rank == world.rank
         self._timeline = os.environ.get(TIMELINE, "").upper() == "DYNAMIC"
         self._profiler: profile | None = None
-        self._running = False
+        self._running = self._began = False
         self._first, self._last = profiled or (-1, -1)
         if profiled is None:
             return
         if self._last >= plan.updates:
-            raise UserError(
+            too_late = (
                 f"run.profile: [{self._first}, {self._last}]: the plan has {plan.updates:,} "
                 f"updates, counted from 0; the last must be at most {plan.updates - 1}."
             )
+            if not plan.growth:
+                raise UserError(too_late)
+            say(f"{too_late} It had more before the batch grew; they are not profiled.")  # a resume
         if rank >= world.size:
             raise UserError(
                 f"run.profile_rank: {rank}: there are {world.size} ranks, counted from 0; it must "
@@ -73,7 +76,7 @@ class Profile:
         """Begin, if `update` is the first of the range."""
         if update != self._first:
             return
-        self._running = True
+        self._running = self._began = True
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,9 +96,14 @@ class Profile:
         if self._running and update == self._last:
             self.close()
 
-    def close(self) -> None:
-        """End a profile that is running, as far as it has come."""
+    def close(self, *, finished: bool = False) -> None:
+        """End a profile that is running, as far as it has come; finished: no update comes after."""
         if not self._running:
+            if finished and self._first >= 0 and not self._began:
+                self._say(
+                    f"run.profile: updates {self._first:,} to {self._last:,} were never reached, "
+                    "since the batch grew; there is no profile."
+                )
             return
         self._running = False
         if self._timeline:

@@ -126,7 +126,8 @@ class RunLog:
         self._times = RunTimes(
             hosts, planned=self.plan.updates, ghost_batch=ghost_batch, left=self._left
         )
-        self.say(render_plan(recipe, self.plan, self._world.size, micro_batch["stages"]))
+        if self.speaks:
+            self.say(render_plan(recipe, self.plan, self._world.size, micro_batch["stages"]))
         self.say(
             f"{self._world.size} workers · {self.plan.train_samples:,} training images, "
             f"{test_samples:,} test images"

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import overload
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.schedule.growth import Growth
@@ -45,6 +46,8 @@ class Stage:
     shape: Shape
     ghost_batch: int | None
     image_size: int | None = None
+    phase: int = 0
+    """Place in `phases.phases`: stages of one phase differ only in what was decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,8 @@ class Plan:
     schedule: Schedule
     train_samples: int
     stages: tuple[Stage, ...]
-    growth: tuple[Growth, ...] = ()
-    """What was decided so far, with policy measured."""
+    growth: tuple[Growth, ...] | None = None
+    """What was decided so far, with policy measured; None: nothing was to be decided yet."""
 
     @property
     def updates(self) -> int:
@@ -128,7 +131,31 @@ class Plan:
         )
 
 
-def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] = ()) -> Plan:
+class PlannedUpdates(Sequence[Update]):
+    """The updates of a plan from `first` on, each made when it is asked for."""
+
+    def __init__(self, plan: Plan, first: int = 0):
+        self._plan, self._first = plan, first
+
+    def __len__(self) -> int:
+        return max(0, self._plan.updates - self._first)
+
+    @overload
+    def __getitem__(self, place: int) -> Update: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Update]: ...
+    def __getitem__(self, place: int | slice) -> Update | Sequence[Update]:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            if (stop, step) == (len(self), 1):
+                return PlannedUpdates(self._plan, self._first + start)
+            return [self[one] for one in range(start, stop, step)]
+        return self._plan.at(self._first + range(len(self))[place])
+
+
+def make_plan(
+    schedule: Schedule, train_samples: int, growth: Sequence[Growth] | None = None
+) -> Plan:
     """The plan of a schedule for N = `train_samples`.
 
     growth: with policy measured what was decided so far; the rest of the plan has the last batch.
@@ -147,11 +174,11 @@ def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] =
             f"schedule.epochs: {schedule.epochs:g} epochs of {train_samples} training samples are "
             "no sample at all; at least one is needed."
         )
-    spans = _spans(schedule, train_samples, growth)
-    ends = [begin for begin, _ in spans[1:]] + [total]
+    spans = _spans(schedule, train_samples, growth or ())
+    ends = [begin for begin, _, _ in spans[1:]] + [total]
     stages: list[Stage] = []
     seen = done = 0
-    for (_, span), end in zip(spans, ends, strict=True):
+    for (_, phase, span), end in zip(spans, ends, strict=True):
         updates, left = divmod(end - seen, span.global_batch)
         samples = end - seen - left
         if end == total and left:
@@ -163,13 +190,13 @@ def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] =
                 seen = end
         if updates > 0:
             extent = (done, updates, seen, samples)
-            stages.append(_stage(schedule, len(stages), span, train_samples, extent))
+            stages.append(_stage(schedule, len(stages), phase, span, train_samples, extent))
             seen, done = seen + samples, done + updates
     plan = Plan(
         schedule=schedule,
         train_samples=train_samples,
         stages=tuple(stages),
-        growth=tuple(growth),
+        growth=None if growth is None else tuple(growth),
     )
     assert plan.samples == total, (plan, total)
     if plan.updates > MAX_UPDATES:
@@ -183,24 +210,30 @@ def make_plan(schedule: Schedule, train_samples: int, growth: Sequence[Growth] =
 
 def _spans(
     schedule: Schedule, train_samples: int, growth: Sequence[Growth]
-) -> list[tuple[int, Phase]]:
-    """The phases, each with the sample from which it holds, cut where the batch was changed."""
-    begun = [(round(span.epoch * train_samples), span) for span in phases(schedule)]
+) -> list[tuple[int, int, Phase]]:
+    """The phases, each with the sample from which it holds and its place, cut where the batch was
+    changed.
+    """
+    begun = [
+        (round(span.epoch * train_samples), place, span)
+        for place, span in enumerate(phases(schedule))
+    ]
     if not growth:
         return begun
     cut = []
-    for sample in sorted({begin for begin, _ in begun} | {one.samples_seen for one in growth}):
-        _, span = [one for one in begun if one[0] <= sample][-1]
+    for sample in sorted({begin for begin, _, _ in begun} | {one.samples_seen for one in growth}):
+        _, place, span = [one for one in begun if one[0] <= sample][-1]
         decided = [one for one in growth if one.samples_seen <= sample]
         if decided:
             span = grown(span, schedule, decided[-1], sample / train_samples)
-        cut.append((sample, span))
+        cut.append((sample, place, span))
     return cut
 
 
 def _stage(
     schedule: Schedule,
     index: int,
+    phase: int,
     span: Phase,
     train_samples: int,
     extent: tuple[int, int, int, int],
@@ -228,6 +261,7 @@ def _stage(
         shape=span.shape,
         ghost_batch=span.ghost_batch,
         image_size=span.image_size,
+        phase=phase,
     )
 
 

@@ -391,6 +391,16 @@ class Schedule(_Checked):
                         f".{name}: {getattr(self, name):g} has no effect with policy "
                         f"{self.policy}; leave it out, or set schedule.policy to measured."
                     )
+        elif self.max_lr is None and not self.falling_milestones and self.curve is None:
+            yield (
+                ".max_lr: it is missing, and without milestones or a curve the noise scale never "
+                "falls: the batch could grow at a larger lr only. Set it, or take another policy."
+            )
+        elif self.max_global_batch <= self.first_global_batch:
+            yield (
+                f".max_global_batch: {self.max_global_batch} leaves no room to grow from "
+                f"{self.first_global_batch}; it must be larger with policy measured."
+            )
         elif self.max_lr is not None and self.max_lr < self.first_lr:
             yield (
                 f".max_lr: {self.max_lr:g} is less than the lr that the run starts with, "

@@ -11,11 +11,13 @@ from hvd_lbt.growing import (
     Costs,
     Growing,
     Noise,
+    _next_due,
     bounds_of,
     profile_costs,
     read_decisions,
     widest_plan,
 )
+from hvd_lbt.micro_batch import MicroBatchSizes
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.schedule.plan_time import Cluster
@@ -127,8 +129,9 @@ def test_state_and_file_bring_the_same_plan_back(tmp_path):
     growing.write(tmp_path, "run", "finished")
     again = Growing(recipe(), N, growing.state_dict())
     assert again.plan == growing.plan
-    decisions = read_decisions(tmp_path, recipe("run.noise_every=9"), N)
+    decisions, notes = read_decisions(tmp_path, recipe("run.noise_every=9"), N)
     assert decisions == growing.decisions
+    assert notes == []  # how it is measured makes no other bits
     replay = Growing(recipe(), N, replay=decisions)
     assert replay.plan == growing.plan
     assert not any(replay.is_due(update) for update in map(replay.plan.at, range(100)))
@@ -136,7 +139,7 @@ def test_state_and_file_bring_the_same_plan_back(tmp_path):
     with pytest.raises(UserError, match="--replay: the run that is resumed has other decisions"):
         Growing(recipe(), N, growing.state_dict(), decisions[:-1])
     replay.write(tmp_path, "replay", "finished")
-    assert read_decisions(tmp_path / FILE, recipe(), N) == decisions  # a replay of a replay
+    assert read_decisions(tmp_path / FILE, recipe(), N)[0] == decisions  # a replay of a replay
 
 
 def written(tmp_path, change):
@@ -170,17 +173,42 @@ def changed(number, **values):
         (changed(0, ghost_batch="x"), r"ghost batch 'x', and this one has 16"),
         (changed(0, schedule={"lr": 3}), r"another schedule \(schedule.batch_m"),
         (changed(0, schedule=7), "another schedule"),
-        (changed(1, global_batch="many"), r"decision \d+ has not all of update"),
-        (changed(1, samples_seen=True), "no update ends|not later"),
-        (changed(2, samples_seen=3), "is not later than the one before it"),
-        (changed(2, samples_seen=4001), "after 4,001 samples no update ends|not later"),
-        (changed(1, global_batch=10**12), r"1000000000000|no update ends"),
+        (changed(1, global_batch="many"), r"decision \d+: global_batch is 'many'"),
+        (changed(1, global_batch=True), r"decision \d+: global_batch is True"),
+        (changed(1, global_batch=10**400), r"decision \d+: global_batch is 1000"),
+        (changed(1, global_batch=10**6), r"global batch of 1,000,000 after one of 32"),
+        (changed(2, global_batch=1), r"global batch of 1 after one of "),
+        (changed(1, samples_seen=True), r"samples_seen is True"),
+        (changed(1, samples_seen=10**6), r"1,000,000 samples before update"),
+        (changed(1, samples_seen=10**400), r"samples_seen is 1000"),
+        (changed(2, samples_seen=3), r"3 samples before update \d+ are not what the plan has"),
+        (changed(2, update=7), r"samples before update 7 are not what the plan has"),
+        (changed(1, update=10**9), r"before update 1,000,000,000 are not"),
+        (changed(1, global_batch_before=128), r"before it is 32, and it says 128"),
+        (changed(1, global_batch=32), r"samples before update \d+ are not what the plan has"),
+        (lambda lines: [*lines[:1], *lines[2:]], r"a line before it is missing"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, change, named):
     written(tmp_path, change)
     with pytest.raises(UserError, match=named):
         read_decisions(tmp_path, recipe(), N)
+
+
+def test_a_replay_says_that_a_run_did_not_finish_or_had_other_settings(tmp_path):
+    growing = Growing(recipe(), N)
+    trained(growing)
+    growing.write(tmp_path, "run", "finished")
+    _, (note,) = read_decisions(tmp_path, recipe("run.seed=7", "model.width=8"), N)
+    assert "other settings (model.width" in note
+    lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+    (tmp_path / FILE).write_text("".join(lines[:-1]))
+    _, (note,) = read_decisions(tmp_path, recipe(), N)
+    assert "did not finish, or has not yet. Its decisions end at update " in note
+    (tmp_path / FILE).write_text(lines[0])
+    decisions, (note,) = read_decisions(tmp_path, recipe(), N)
+    assert decisions == []
+    assert "end at its beginning; from there on this run keeps its batch" in note
 
 
 def test_a_replay_needs_the_policy_and_the_file(tmp_path):
@@ -249,3 +277,36 @@ def test_a_cosine_may_grow_where_it_has_fallen():
     assert all(update.lr <= 0.1 * (1 + 1e-6) for update in updates)
     bounds = bounds_of(cosine.schedule, N, 32, 0.05)
     assert bounds.max_lr == pytest.approx(64)
+
+
+@pytest.mark.parametrize("settings", [(), ("schedule.max_lr=9", "schedule.max_global_batch=144")])
+def test_the_next_decision_is_found_without_going_through_the_updates(settings):
+    plan = widest_plan(recipe(*settings).schedule, N, 16, 1)
+    growing = Growing(recipe(*settings), N)
+    growing.plan = plan
+    due = [at for at in range(plan.updates) if growing.is_due(plan.at(at))]
+    found, index = [], 0
+    while (index := _next_due(plan, index)) < plan.updates:
+        found.append(index)
+        index += 1
+    assert [at for at in found if at + 1 < plan.updates] == due
+
+
+def test_stages_keep_the_micro_batch_of_their_phase():
+    """A growth moves the update at which the images change their size, or the ghost batch."""
+    images = "schedule.milestones=[{epoch: 2.3, image_size: 12}, {epoch: 8, factor: 4}]"
+    growing = Growing(recipe(images, "schedule.max_lr=9"), N)
+    before = growing.plan
+    sizes = MicroBatchSizes(stages=(96, 128, 64), evaluation=5)
+    trained(growing)
+    after = growing.plan
+    assert len(after.stages) > len(before.stages)
+    ghosts = [64 if stage.image_size == 12 else 32 for stage in after.stages]
+    new = sizes.replanned(before, after, ghosts)
+    by_phase = {0: 96, 1: 128, 2: 64}
+    assert list(new.stages) == [by_phase[stage.phase] for stage in after.stages]
+    assert new.replanned(after, after, [40] * len(ghosts)).stages[0] == 80  # whole ghost batches
+    begins = [stage.first_sample for stage in after.stages if stage.image_size == 12]
+    assert begins[0] != before.stages[1].first_sample
+    assert after.image_size_at(begins[0]) == 12
+    assert after.image_size_at(begins[0] - 1) is None
