@@ -75,7 +75,7 @@ def test_a_resume_takes_the_decisions_that_were_made(ranks, run, tmp_path):
             shutil.copy(file, out / "checkpoints")
     ranks(2, *train(out, "--resume"))
     assert planned(out) == {at: made for at, made in planned(run).items() if at >= after}
-    assert decisions(out) == decisions(run)
+    assert decisions(out)[1:] == decisions(run)[1:]  # the first line has the recipe
     assert summary(out) == summary(run)
 
 
