@@ -33,7 +33,8 @@ def test_a_compiled_run_has_the_eager_runs_weights_names_and_noise(ranks, tmp_pa
         assert mine["accuracy"] == theirs["accuracy"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=ROUNDING)
         variance = theirs["gradient_variance"]  # a difference of squares, as in test_train
-        assert (variance is not None) == (theirs["global_batch"] == 64)  # two micro-batches
+        # of one micro-batch, from differences of consecutive updates
+        assert (variance is not None) == (theirs["update"] > 0)
         if variance is not None:
             assert mine["gradient_variance"] == pytest.approx(variance, rel=20 * ROUNDING)
 
