@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 WINDOWS = (16, 64, 256)  # updates: a long one finds in noise what a short one cannot
 SLOW = 1.15  # median own time, as a multiple of the reference, of a rank that is named
 LEAST_EXCESS = 0.002  # seconds an update; less is the operating system's, and costs nobody much
+LEAST_SECONDS = 0.5  # of a window: of short updates the shortest one would show a moment only
 FAST = 1.07  # below it the rank is no longer slow
 # Standard errors of a difference of medians, by the spread in the window, that it must exceed: a
 # run has thousands of windows and ranks, and neighbouring updates are not independent.
@@ -158,7 +159,8 @@ class SlowRanks:
                 lasts = now - self._since >= HOLD_SECONDS
             else:
                 lasts = compared.slow & (self._seconds[span].sum() >= HOLD_SECONDS)
-            steady = compared.steady & (compared.ratios >= SLOW)
+            long_enough = self._seconds[span].sum() >= LEAST_SECONDS
+            steady = compared.steady & (compared.ratios >= SLOW) & long_enough
             for rank in map(int, np.flatnonzero((steady | lasts) & recent)):
                 if rank in self.named:
                     continue
