@@ -1,6 +1,6 @@
-"""Types of command-line arguments: a value that cannot be is named with what would be right."""
+"""Types of command-line arguments, which name what would be right, and what commands share."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from math import inf
 
 LARGEST = 10**9
@@ -34,6 +34,15 @@ def positive(text: str) -> float:
     if not 0 < value <= LARGEST:
         raise ArgumentTypeError(f"{text[:40]} is not allowed; it must be a number above 0")
     return value
+
+
+def add_take_over(parser: ArgumentParser) -> None:
+    """Of a command that owns its --out (`run_lock`)."""
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take --out from an owner that cannot be proven gone, because you know that it is",
+    )
 
 
 def _whole(text: str, smallest: int) -> int:

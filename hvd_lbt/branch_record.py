@@ -84,9 +84,13 @@ def open_record(out: Path, head: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
     """Write OUT/probe.json, whole. Raises UserError."""
-    file = out / NAME
+    write_result(out / NAME, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_result(file: Path, content: str | bytes) -> None:
+    """Write a file of the results, whole. Raises UserError."""
     try:
-        write_whole(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_whole(file, content)
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror}). Free space or correct the folder; the "

@@ -314,13 +314,17 @@ def load_trained(file: Path) -> tuple[dict[str, Any], Recipe]:
     """
     state = load(file)
     parts = {"update": int, "recipe": dict, "classes": list, "model": dict}
-    missing = [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
-    if missing:
+    if missing := missing_parts(state, parts):
         raise UserError(
             f"The checkpoint {file} has no {', '.join(missing)}: it is not one that "
             "`hvd_lbt train` wrote."
         )
     return state, recipe_of(state["recipe"], f"The checkpoint {file}")
+
+
+def missing_parts(state: Mapping[str, Any], parts: Mapping[str, type]) -> list[str]:
+    """Which of these parts the state has not, or not of their type."""
+    return [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]
 
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lbt import checkpoint, comm, terminal
-from hvd_lbt.arguments import count, positive
+from hvd_lbt.arguments import add_take_over, count, positive
 from hvd_lbt.branch_record import (
     branches_of,
     entry_of,
@@ -25,6 +25,7 @@ from hvd_lbt.branch_record import (
     losses_of,
     open_record,
     write_record,
+    write_result,
 )
 from hvd_lbt.branch_table import WHAT, render_branches, sentences
 from hvd_lbt.branch_training import Branch, Brancher, Origin
@@ -32,14 +33,14 @@ from hvd_lbt.data.identity import same_at_resume, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import UserError
-from hvd_lbt.growing import growth_of
+from hvd_lbt.growing import Growing
 from hvd_lbt.measure.branch_verdict import RULE, judge
 from hvd_lbt.measure.gradient_noise import simple_noise_scale
 from hvd_lbt.micro_batch import MicroBatchSizes
 from hvd_lbt.recipe import Recipe, recipe_of
 from hvd_lbt.run_lock import RunLock
 from hvd_lbt.schedule.branches import Kept, Span, branch_updates, make_span
-from hvd_lbt.schedule.plan import Plan, make_plan
+from hvd_lbt.schedule.plan import Plan
 from hvd_lbt.world import World
 
 PICTURE = "probe.png"
@@ -67,11 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("keep", "rescale"),
         help="rescale: where the lr grows k times, divide the momentum buffer by k [rescale]",
     )
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take --out from an owner that cannot be proven gone, because you know that it is",
-    )
+    add_take_over(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -115,8 +112,7 @@ def load_state(file: Path) -> dict[str, Any]:
     """The state that a training can continue from, and the SHA-256 of its file."""
     state, _ = checkpoint.load_trained(file)
     wanted = {"optimizer": dict, "reducer": dict, "gradient_noise": dict, "train_samples": int}
-    missing = [name for name, kind in wanted.items() if not isinstance(state.get(name), kind)]
-    if missing:
+    if missing := checkpoint.missing_parts(state, wanted):
         raise UserError(
             f"The checkpoint {file} has no {', '.join(missing)}: a branch cannot continue from it. "
             "Give one that `hvd_lbt train` wrote, RUN/checkpoints/update-NNNNNNNN.pt."
@@ -162,8 +158,7 @@ def _origin(
     said = same_at_resume(state, splits, f"The checkpoint {file}", resumes=False)
     if said and world.rank == 0:
         print(said, flush=True)
-    growth = growth_of((state.get("growing") or {}).get("decisions", ()))
-    plan = make_plan(recipe.schedule, len(train_store), growth)
+    plan = Growing(recipe, len(train_store), state.get("growing")).plan
     if not 0 <= state["update"] <= plan.updates:
         raise UserError(
             f"The checkpoint {file} is of {state['update']:,} updates, and its recipe's plan has "
@@ -285,7 +280,7 @@ class Probe:
             f"{record['name']} after {self.span.first_update:,} updates: branches of "
             f"{self.span.samples:,} samples, {self.seeds} seeds"
         )
-        _write_picture(self.out / PICTURE, draw_branches(title, found, noise))
+        write_result(self.out / PICTURE, draw_branches(title, found, noise))
         console = terminal.console()
         if console.width < TABLE_WIDTH:  # such as under mpirun: numbers must not be cut
             console = terminal.console(live=False)
@@ -294,15 +289,3 @@ class Probe:
         for line in sentences(branches["noise"], by_name, noise, record["gradient_noise"]["from"]):
             terminal.say(console, line)
         terminal.say(console, f"Written: {self.out}/probe.json and probe.png.")
-
-
-def _write_picture(file: Path, picture: bytes) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(picture)
-        os.replace(scratch, file)
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written ({error.strerror}). Free space or correct the folder; the "
-            "same command continues."
-        ) from error

@@ -20,11 +20,10 @@ from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.store import open_test_data
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError, one_line
-from hvd_lbt.growing import growth_of
+from hvd_lbt.growing import Growing
 from hvd_lbt.models import build_model
 from hvd_lbt.out_of_memory import is_out_of_memory, reason, release_cached_memory
 from hvd_lbt.recipe import DataRecipe, Recipe
-from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.world import World
 
 
@@ -224,8 +223,7 @@ def trained_image_size(state: Mapping[str, Any], recipe: Recipe) -> int | None:
     samples, done = state.get("train_samples"), state["update"]
     if not isinstance(samples, int) or not done:
         return None
-    growth = growth_of((state.get("growing") or {}).get("decisions", ()))
-    plan = make_plan(recipe.schedule, samples, growth)
+    plan = Growing(recipe, samples, state.get("growing")).plan
     return plan.at(min(done, plan.updates) - 1).image_size
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lbt import comm
+from hvd_lbt.arguments import add_take_over
 from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
 from hvd_lbt.checkpoint import Checkpoints, open_run
 from hvd_lbt.data.batches import batches_of
@@ -51,11 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="with schedule.policy measured: take the batches that this run decided on",
     )
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take --out from an owner that cannot be proven gone, because you know that it is",
-    )
+    add_take_over(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from hvd_lbt.report.predictions import time_left_line
 from hvd_lbt.report.published import check_comparable, draw_published, published_lines
 from hvd_lbt.report.runs import Group, group_runs, read_run
 from hvd_lbt.terminal import printable
+from hvd_lbt.whole_file import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,20 +72,10 @@ def write_report(
         page = render(groups, pictures).encode()
         extra = {"published.png": draw_published(groups)} if published else {}
         for name, data in {**pictures, **extra, "report.html": page}.items():
-            _write(out / name, data)
+            write_whole(out / name, data)
     except OSError as error:
         raise UserError(
             f"--out {out}: the report can't be written there ({error.strerror}). Give a folder "
             "that can be made or written to."
         ) from error
     return out / "report.html", groups
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all, whatever was there before."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(data)
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
