@@ -6,13 +6,14 @@ the same updates again.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, lcm
 from pathlib import Path
 from typing import Any
 
 from hvd_lbt.errors import UserError, shown
+from hvd_lbt.plain_yaml import read_text
 from hvd_lbt.recipe import Recipe, recipe_of
 from hvd_lbt.schedule.growth import (
     MEASUREMENTS,
@@ -20,12 +21,13 @@ from hvd_lbt.schedule.growth import (
     PER_EPOCH,
     Bounds,
     Choice,
+    Costs,
     Growth,
     Measured,
     choose,
     is_due,
 )
-from hvd_lbt.schedule.plan import MAX_UPDATES, Plan, Stage, Update, make_plan
+from hvd_lbt.schedule.plan import Plan, Update, make_plan
 from hvd_lbt.schedule.plan_time import Cluster, work_of
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.schedule.speed import SpeedProfile, update_time
@@ -33,6 +35,7 @@ from hvd_lbt.whole_file import write_whole
 
 FILE = "decisions.jsonl"
 LONGEST_FILE = 64_000_000  # bytes; a decision has about 500
+MAX_SAMPLES = 10**12  # of a run, far beyond any; each number of a decision is at most that
 # What a line of a decision must have for a replay.
 FIELDS = ("update", "samples_seen", "global_batch_before", "global_batch", "multiple")
 
@@ -60,26 +63,6 @@ class Noise:
         if self.variance <= 0:
             return 0.0
         return self.variance / self.squared if self.squared > 0 else inf
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Of an update: a seconds, whatever its batch, and b seconds a sample, on all workers."""
-
-    fixed: float
-    a_sample: float
-
-    @property
-    def overhead(self) -> float:
-        """a/b in samples."""
-        return self.fixed / self.a_sample if self.a_sample > 0 else inf
-
-    @classmethod
-    def of(cls, seconds: Callable[[int], float], global_batch: int) -> "Costs":
-        """a and b of the line through the seconds of this batch and of twice as many samples."""
-        once, twice = seconds(global_batch), seconds(2 * global_batch)
-        a_sample = min(max((twice - once) / global_batch, 0.0), once / global_batch)
-        return cls(fixed=once - a_sample * global_batch, a_sample=a_sample)
 
 
 class Growing:
@@ -141,22 +124,11 @@ class Growing:
         overhead = self.schedule.overhead or (costs.overhead if costs else None)
         if since < MEASUREMENTS or noise.samples is None or overhead is None:
             return None
-        done = update.index + 1
-        following = self.plan.at(done)
-        stage = self.plan.stages[following.stage]
-        multiple = multiple_of(self.schedule, stage.ghost_batch or self._ghost_batch)
         measured = Measured(noise=noise.samples, overhead=overhead, measurements=since)
-        bounds = bounds_of(self.schedule, self._train_samples, stage.global_batch, following.lr)
-        choice = choose(
-            stage.global_batch,
-            measured,
-            bounds,
-            first=self.schedule.first_global_batch,
-            multiple=multiple,
-        )
-        decision = _decision(following, stage, measured, bounds, choice)
-        decision |= {
-            "multiple": multiple,
+        step = _Step.after(self.plan, update, measured, self._ghost_batch)
+        if step.changes and step.grown(self.plan) is None:
+            return None
+        return step.to_dict() | {
             "gradient_variance": noise.variance,
             "gradient_squared": noise.squared,
             "gradient_noise_from": noise.source,
@@ -164,14 +136,6 @@ class Growing:
             "seconds_fixed": costs.fixed if costs else None,
             "seconds_a_sample": costs.a_sample if costs else None,
         }
-        if choice.global_batch != stage.global_batch:
-            # At a milestone that falls within an update the plan's past could change: not there.
-            plan = self._plan([*self.decisions, decision])
-            if plan.at(update.index) != update or plan.at(done).samples_seen != (
-                following.samples_seen
-            ):
-                return None
-        return decision
 
     def take(self, decision: dict[str, Any]) -> bool:
         """Note a decision; whether the plan changes."""
@@ -212,23 +176,79 @@ def _before(decision: Mapping[str, Any]) -> int:
     return int(decision["global_batch_before"])
 
 
-def _decision(
-    following: Update, stage: Stage, measured: Measured, bounds: Bounds, choice: Choice
-) -> dict[str, Any]:
-    """A line of decisions.jsonl. JSON has no infinity: null is no bound, or more than is told."""
-    return {
-        "update": following.index,
-        "epoch": following.epoch,
-        "samples_seen": following.samples_seen,
-        "global_batch_before": stage.global_batch,
-        "global_batch": choice.global_batch,
-        "bound": choice.bound,
-        "noise": _finite(measured.noise),
-        "measurements": measured.measurements,
-        "overhead": _finite(measured.overhead),
-        "fastest": _finite(choice.fastest),
-        "bounds": {name: _finite(value) for name, value in asdict(bounds).items()},
-    }
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What is chosen after an update of a plan. before: the batch there; following: next update."""
+
+    update: Update
+    following: Update
+    before: int
+    multiple: int
+    measured: Measured
+    bounds: Bounds
+    choice: Choice
+
+    @classmethod
+    def after(cls, plan: Plan, update: Update, measured: Measured, ghost_batch: int) -> "_Step":
+        """ghost_batch: of the layout."""
+        following = plan.at(update.index + 1)
+        stage = plan.stages[following.stage]
+        multiple = multiple_of(plan.schedule, stage.ghost_batch or ghost_batch)
+        bounds = bounds_of(plan.schedule, plan.train_samples, stage.global_batch, following.lr)
+        choice = choose(
+            stage.global_batch,
+            measured,
+            bounds,
+            first=plan.schedule.first_global_batch,
+            multiple=multiple,
+        )
+        return cls(
+            update=update,
+            following=following,
+            before=stage.global_batch,
+            multiple=multiple,
+            measured=measured,
+            bounds=bounds,
+            choice=choice,
+        )
+
+    @property
+    def changes(self) -> bool:
+        """Whether the batch is another from here on."""
+        return self.choice.global_batch != self.before
+
+    def grown(self, plan: Plan) -> Plan | None:
+        """The plan with this step; None at a milestone that falls within an update, where the
+        plan's past would change.
+        """
+        change = Growth(
+            samples_seen=self.following.samples_seen,
+            global_batch=self.choice.global_batch,
+            multiple=self.multiple,
+        )
+        grown = make_plan(plan.schedule, plan.train_samples, (*(plan.growth or ()), change))
+        at = self.following
+        same = grown.at(self.update.index) == self.update
+        return grown if same and grown.at(at.index).samples_seen == at.samples_seen else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A line of decisions.jsonl. JSON has no infinity: null is no bound, or more than is
+        told.
+        """
+        return {
+            "update": self.following.index,
+            "epoch": self.following.epoch,
+            "samples_seen": self.following.samples_seen,
+            "global_batch_before": self.before,
+            "global_batch": self.choice.global_batch,
+            "bound": self.choice.bound,
+            "noise": _finite(self.measured.noise),
+            "measurements": self.measured.measurements,
+            "overhead": _finite(self.measured.overhead),
+            "fastest": _finite(self.choice.fastest),
+            "bounds": {name: _finite(value) for name, value in asdict(self.bounds).items()},
+            "multiple": self.multiple,
+        }
 
 
 def _finite(value: float) -> float | None:
@@ -354,7 +374,7 @@ def _check_head(head: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -
 def _check_decision(growing: Growing, one: Mapping[str, Any], what: str) -> None:
     """That a run with the decisions before it could have decided this one, where it says."""
     for name in FIELDS:
-        if type(one.get(name)) is not int or not 0 < one[name] <= MAX_UPDATES * 10**4:
+        if type(one.get(name)) is not int or not 0 < one[name] <= MAX_SAMPLES:
             raise UserError(f"{what}: {name} is {shown(one.get(name))}; it must be a count.")
     plan, update = growing.plan, one["update"]
     if update >= plan.updates or plan.at(update).samples_seen != one["samples_seen"]:
@@ -377,15 +397,11 @@ def _check_decision(growing: Growing, one: Mapping[str, Any], what: str) -> None
 
 def _lines_of(file: Path, what: str) -> list[dict[str, Any]]:
     try:
-        if file.stat().st_size > LONGEST_FILE:
-            raise UserError(f"{what}: it is longer than {LONGEST_FILE:,} bytes.")
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, what, LONGEST_FILE)
     except FileNotFoundError as error:
         raise UserError(
             f"{what}: there is no such file; a run with schedule.policy measured writes it."
         ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} cannot be read ({error}).") from error
     lines = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -406,34 +422,16 @@ def widest_plan(schedule: Schedule, train_samples: int, ghost_batch: int, every:
     Nothing that is measured keeps it from growing: the bounds alone do, and the steps. every: of
     how many updates one is measured.
     """
-    growth: tuple[Growth, ...] = ()
     plan, since, index = make_plan(schedule, train_samples), 0, 0
     unbounded = Measured(noise=inf, overhead=inf, measurements=MEASUREMENTS)
     while index + 1 < plan.updates:
         index = _next_due(plan, max(index, since + MEASUREMENTS * every - 1))
         if index + 1 >= plan.updates:
             break
-        following = plan.at(index + 1)
-        stage = plan.stages[following.stage]
-        multiple = multiple_of(schedule, stage.ghost_batch or ghost_batch)
-        choice = choose(
-            stage.global_batch,
-            unbounded,
-            bounds_of(schedule, train_samples, stage.global_batch, following.lr),
-            first=schedule.first_global_batch,
-            multiple=multiple,
-        )
+        step = _Step.after(plan, plan.at(index), unbounded, ghost_batch)
         index += 1
-        if choice.global_batch == stage.global_batch:
-            continue
-        change = Growth(
-            samples_seen=following.samples_seen,
-            global_batch=choice.global_batch,
-            multiple=multiple,
-        )
-        changed = make_plan(schedule, train_samples, (*growth, change))
-        if changed.at(index - 1) == plan.at(index - 1):
-            plan, growth, since = changed, (*growth, change), index
+        if step.changes and (grown := step.grown(plan)):
+            plan, since = grown, index
     return plan
 
 

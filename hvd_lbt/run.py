@@ -14,14 +14,14 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
 from hvd_lbt.errors import BadUpdatesError, OutOfMemoryError, UserError
 from hvd_lbt.evaluate import evaluate
-from hvd_lbt.growing import Costs, Growing, Noise, profile_costs
+from hvd_lbt.growing import Growing, Noise, profile_costs
 from hvd_lbt.log.profile import Profile
 from hvd_lbt.log.run_log import RunLog
 from hvd_lbt.micro_batch import UpdateStream
 from hvd_lbt.models import allow_graphs
 from hvd_lbt.recipe import Recipe
 from hvd_lbt.sampler import MicroBatches
-from hvd_lbt.schedule.growth import MEASUREMENTS
+from hvd_lbt.schedule.growth import MEASUREMENTS, Costs
 from hvd_lbt.schedule.plan import Plan, PlannedUpdates, Stage, Update
 from hvd_lbt.schedule.plan_time import Cluster
 from hvd_lbt.schedule.speed import SpeedProfile
@@ -168,8 +168,7 @@ class Run:
         stage = self.plan.stages[update.stage]
         if self.speed is not None:
             return self._predicted_costs(stage)
-        known = self.log.costs(update)
-        return Costs(fixed=known[0], a_sample=known[1]) if known else None
+        return self.log.costs(update)
 
     def _predicted_costs(self, stage: Stage) -> Costs:
         """By run.speed. Raises UserError where the profile does not say."""
@@ -244,7 +243,7 @@ class Run:
 
     def end(self, reason: str, updates_done: int) -> None:
         """Wait for the last checkpoint and close the log; reason: finished or stopped."""
-        self.profile.close(finished=reason == "finished")
+        self.profile.close(updates_done=updates_done if reason == "finished" else None)
         self.checkpoints.wait()
         self.log.write_decisions(self.growing, reason)
         if self.growing.undecided:

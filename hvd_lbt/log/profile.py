@@ -50,7 +50,7 @@ class Profile:
         self._mine = rank == world.rank
         self._timeline = os.environ.get(TIMELINE, "").upper() == "DYNAMIC"
         self._profiler: profile | None = None
-        self._running = self._began = False
+        self._running = False
         self._first, self._last = profiled or (-1, -1)
         if profiled is None:
             return
@@ -76,7 +76,7 @@ class Profile:
         """Begin, if `update` is the first of the range."""
         if update != self._first:
             return
-        self._running = self._began = True
+        self._running = True
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -96,10 +96,10 @@ class Profile:
         if self._running and update == self._last:
             self.close()
 
-    def close(self, *, finished: bool = False) -> None:
-        """End a profile that is running, as far as it has come; finished: no update comes after."""
+    def close(self, *, updates_done: int | None = None) -> None:
+        """End a profile that is running, as far as it has come; updates_done: of a finished run."""
         if not self._running:
-            if finished and self._first >= 0 and not self._began:
+            if updates_done is not None and updates_done <= self._first:
                 self._say(
                     f"run.profile: updates {self._first:,} to {self._last:,} were never reached, "
                     "since the batch grew; there is no profile."

@@ -26,6 +26,7 @@ from hvd_lbt.measure.rank_times import PARTS
 from hvd_lbt.measure.run_times import RanksLine, RunTimes, summary_text
 from hvd_lbt.measure.slow_ranks import SlowRank
 from hvd_lbt.recipe import Recipe
+from hvd_lbt.schedule.growth import Costs
 from hvd_lbt.schedule.plan import Plan, Update
 from hvd_lbt.schedule.time_left import TimeLeft
 from hvd_lbt.stage_table import render_plan
@@ -285,8 +286,8 @@ class RunLog:
                 )
             self._decisions_fail = True
 
-    def costs(self, update: Update) -> tuple[float, float] | None:
-        """Seconds of an update like this one beside its samples, and a sample; None: not known."""
+    def costs(self, update: Update) -> Costs | None:
+        """Of updates like this one, by this run's times; None before they are known."""
         if not self._left:
             return None
         self.flush()

@@ -8,6 +8,7 @@ as many updates as without noise, with the simple noise scale φ = tr(Σ)/|G|² 
 and 6) in closed form. A larger batch costs more samples, a smaller one more updates.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, sqrt
 
@@ -27,6 +28,27 @@ class Growth:
     samples_seen: int
     global_batch: int
     multiple: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of an update: a seconds, whatever its batch, and b seconds a sample, on all workers."""
+
+    fixed: float
+    a_sample: float
+
+    @property
+    def overhead(self) -> float:
+        """a/b in samples."""
+        return self.fixed / self.a_sample if self.a_sample > 0 else inf
+
+    @classmethod
+    def of(cls, seconds: Callable[[int], float], global_batch: int) -> "Costs":
+        """a and b of the line through the seconds of this batch and of twice as many samples."""
+        once, twice = seconds(global_batch), seconds(2 * global_batch)
+        a_sample = min(max((twice - once) / global_batch, 0.0), once / global_batch)
+        fixed = once - a_sample * global_batch
+        return cls(fixed=fixed if fixed > 1e-9 * once else 0.0, a_sample=a_sample)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from math import log1p
 from statistics import median
 
+from hvd_lbt.schedule.growth import Costs
 from hvd_lbt.schedule.layout import make_layout
 from hvd_lbt.schedule.plan import Plan, Stage, Update
 
@@ -170,13 +171,10 @@ class TimeLeft:
         self._refresh()
         return stage.global_batch / self._seconds_of(stage) if self._predicted else None
 
-    def costs(self, stage: Stage) -> tuple[float, float] | None:
-        """(a, b): seconds of an update whatever its batch, and a sample more on all workers.
+    def costs(self, stage: Stage) -> Costs | None:
+        """Of updates near the stage's; None before it can be known.
 
-        Of updates near the stage's, by the line through its batch and twice as many samples. Before
-        a second size has been seen, b has the time of forward and backward and of the wait for
-        data, and a the rest. Where most updates wait for data no batch is faster: a is 0. None
-        before it can be known.
+        Where the input sets the speed no batch is faster, and a is 0.
         """
         key = self._key(stage.index)
         size = self._size(key)
@@ -184,13 +182,14 @@ class TimeLeft:
         if key not in means:
             return None
         if median(size.data or (0.0,)) > INPUT_BOUND * means[key]:
-            return 0.0, means[key] / stage.global_batch
-        seconds = self._fit(timed, means, work)
-        twice = self._key(stage.index, 2 * stage.global_batch)
-        once, more = (seconds(self._work(one, self._size(one))) for one in (key, twice))
-        b = min(max((more - once) / stage.global_batch, 0.0), once / stage.global_batch)
-        a = once - b * stage.global_batch
-        return (a if a > 1e-9 * once else 0.0), b
+            return Costs(fixed=0.0, a_sample=means[key] / stage.global_batch)
+        fit = self._fit(timed, means, work)
+
+        def seconds(global_batch: int) -> float:
+            its = self._key(stage.index, global_batch)
+            return fit(self._work(its, self._size(its)))
+
+        return Costs.of(seconds, stage.global_batch)
 
     def replan(self, plan: Plan, micro_batches: Sequence[int]) -> None:
         """Go on with another plan, which differs from the next update on."""
