@@ -109,7 +109,7 @@ class UpdateStream(Generic[Batch]):
     def __iter__(self) -> Iterator[tuple[Update, MicroBatches[Batch]]]:
         self._place = 0
         while self._place < len(self._updates):
-            update = self._updates[self._place]
+            update = self._update = self._updates[self._place]
             yield update, self._next()
             assert self._batches is not None
             self._batches.check_all_taken(update)
@@ -123,7 +123,7 @@ class UpdateStream(Generic[Batch]):
         The stages that `sizes` and `ghost_batches` are of are those of the new plan.
         """
         assert self._batches is not None
-        self._batches.check_all_taken(self._updates[self._place])
+        self._batches.check_all_taken(self._update)
         self.close()
         self.sizes, self.ghost_batches = sizes, ghost_batches
         self._updates, self._place = updates, -1
@@ -155,11 +155,10 @@ class UpdateStream(Generic[Batch]):
 
     def _next(self) -> MicroBatches[Batch]:
         if self._source is None:
-            most = max(self.sizes.stages[self._updates[self._place].stage :])
+            most = max(self.sizes.stages[self._update.stage :])
             self._source = self._make(self._ranges(self._updates[self._place :], self.sizes), most)
-        update = self._updates[self._place]
         self._batches = MicroBatches.of_update(
-            update, self._source, self._world, **self._cut(update, self.sizes)
+            self._update, self._source, self._world, **self._cut(self._update, self.sizes)
         )
         return self._batches
 

@@ -6,12 +6,10 @@ arXiv:2505.23971).
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.schedule.noise import noise_scale
-from hvd_lbt.schedule.phases import lr_share
 from hvd_lbt.schedule.plan import Plan, Stage, Update
 
 # What is kept while the batch is larger: the noise scale g, with the lr in proportion to the batch;
@@ -95,13 +93,12 @@ def branch_updates(plan: Plan, span: Span, batch: int, kept: Kept) -> list[Updat
     """
     stage = _stage_after(plan, span.first_update)
     factor = batch / stage.global_batch if kept == "noise" else 1.0
-    unsettled = prod(other.momentum**other.updates for other in plan.stages[: stage.index])
+    last = stage.first_sample + (stage.updates - 1) * stage.global_batch
     updates = []
     for place in range(span.samples // batch):
         seen = span.first_sample + place * batch
         index = span.first_update + place
-        lr = _lr_at(plan, stage, seen) * factor
-        done = index - stage.first_update
+        lr = plan.lr_in(stage, min(seen, last)) * factor
         updates.append(
             Update(
                 index=index,
@@ -112,7 +109,7 @@ def branch_updates(plan: Plan, span: Span, batch: int, kept: Kept) -> list[Updat
                 lr=lr,
                 momentum=stage.momentum,
                 noise_scale=noise_scale(lr, stage.momentum, plan.train_samples, batch),
-                settled=1 - unsettled * stage.momentum ** (done + 1),
+                settled=plan.settled_in(stage, index),
                 ghost_batch=stage.ghost_batch,
                 image_size=stage.image_size,
             )
@@ -130,13 +127,3 @@ def _stage_after(plan: Plan, updates_done: int) -> Stage:
 
 def _samples_after(plan: Plan, updates_done: int) -> int:
     return plan.samples if updates_done == plan.updates else plan.at(updates_done).samples_seen
-
-
-def _lr_at(plan: Plan, stage: Stage, seen: int) -> float:
-    """The lr that the plan has for an update of the stage's batch, as in `Plan.at`."""
-    last = stage.first_sample + (stage.updates - 1) * stage.global_batch
-    shares = [
-        lr_share(plan.schedule, stage.shape, sample / plan.train_samples)
-        for sample in (min(seen, last), stage.first_sample)
-    ]
-    return stage.lr * (shares[0] / shares[1])

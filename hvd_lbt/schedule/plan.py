@@ -108,27 +108,32 @@ class Plan:
         seen = stage.first_sample + before
         is_last = update + 1 == stage.first_update + stage.updates
         global_batch = stage.samples - before if is_last else stage.global_batch
-        epoch, first_epoch = (
-            samples / self.train_samples for samples in (seen, stage.first_sample)
-        )
-        shares = [lr_share(self.schedule, stage.shape, at) for at in (epoch, first_epoch)]
         # The lr of a smaller last update is smaller too, so that it is not noisier than planned.
-        lr = stage.lr * (shares[0] / shares[1]) * (global_batch / stage.global_batch)
-        unsettled = prod(other.momentum**other.updates for other in self.stages[: place - 1])
-        unsettled *= stage.momentum ** (update - stage.first_update + 1)
+        lr = self.lr_in(stage, seen) * (global_batch / stage.global_batch)
         return Update(
             index=update,
             stage=stage.index,
-            epoch=epoch,
+            epoch=seen / self.train_samples,
             samples_seen=seen,
             global_batch=global_batch,
             lr=lr,
             momentum=stage.momentum,
             noise_scale=noise_scale(lr, stage.momentum, self.train_samples, global_batch),
-            settled=1 - unsettled,
+            settled=self.settled_in(stage, update),
             ghost_batch=stage.ghost_batch,
             image_size=stage.image_size,
         )
+
+    def lr_in(self, stage: Stage, samples_seen: int) -> float:
+        """Of an update of the stage's batch that begins there."""
+        epoch, first = (n / self.train_samples for n in (samples_seen, stage.first_sample))
+        shares = [lr_share(self.schedule, stage.shape, at) for at in (epoch, first)]
+        return stage.lr * (shares[0] / shares[1])
+
+    def settled_in(self, stage: Stage, update: int) -> float:
+        """`Update.settled` of an update of this stage, which may be longer than planned."""
+        unsettled = prod(other.momentum**other.updates for other in self.stages[: stage.index])
+        return 1 - unsettled * stage.momentum ** (update - stage.first_update + 1)
 
 
 class PlannedUpdates(Sequence[Update]):
