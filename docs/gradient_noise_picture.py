@@ -7,6 +7,7 @@ same bytes.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +63,37 @@ def cell(low: float, high: float) -> str:
     return f"{low:.2f}–{high:.2f}" if high < 100 else f"{low:.2f}–∞"
 
 
+def of_known(last: list[str], cells: Callable[[dict], list[str]]) -> list[str]:
+    """A table of the cases with Gaussian gradients; last: the headings after those of SHOWN."""
+    headings = ["B/φ", "K", *(f"n = {n}" for n in SHOWN), *last]
+    lines = [f"| {' | '.join(headings)} |", "|" + " -- |" * len(headings)]
+    for case in DATA["known"]:
+        lines.append(f"| {case['share']:g} | {case['parts']} | {' | '.join(cells(case))} |")
+    return lines
+
+
 def known_markdown() -> list[str]:
     """Of Gaussian gradients: the 16–84 % range of told over true, and where nothing is told."""
-    lines = [
-        f"| B/φ | K | {' | '.join(f'n = {n}' for n in SHOWN)} | 0.9 | no value at n = 1, 10 |",
-        "| -- | -- |" + " -- |" * (len(SHOWN) + 2),
-    ]
-    for case in DATA["known"]:
-        cells = [cell(q[1], q[3]) for n in SHOWN for q in [case["averaged"][str(n)]]]
-        cells.append(cell(case["memory"][1], case["memory"][3]))
-        cells.append(", ".join(f"{case['none'][n]:.1%}" for n in ("1", "10")))
-        lines.append(f"| {case['share']:g} | {case['parts']} | {' | '.join(cells)} |")
-    return lines
+
+    def cells(case: dict) -> list[str]:
+        ranges = [*(case["averaged"][str(n)] for n in SHOWN), case["memory"]]
+        none = ", ".join(f"{case['none'][n]:.1%}" for n in ("1", "10"))
+        return [*(cell(one[1], one[3]) for one in ranges), none]
+
+    return of_known(["0.9", "no value at n = 1, 10"], cells)
 
 
 def bias_markdown() -> list[str]:
     """Of Gaussian gradients: median, and mean where each draw has a value, of told over true."""
-    lines = [
-        f"| B/φ | K | {' | '.join(f'n = {n}' for n in SHOWN)} | 0.9, median |",
-        "| -- | -- |" + " -- |" * (len(SHOWN) + 1),
-    ]
-    for case in DATA["known"]:
-        cells = []
-        for n in map(str, SHOWN):
-            mean = case["mean"][n]
-            cells.append(f"{case['averaged'][n][2]:.2f}, {'–' if mean is None else f'{mean:.2f}'}")
-        cells.append(f"{case['memory'][2]:.2f}")
-        lines.append(f"| {case['share']:g} | {case['parts']} | {' | '.join(cells)} |")
-    return lines
+
+    def cells(case: dict) -> list[str]:
+        means = [case["mean"][str(n)] for n in SHOWN]
+        medians = [case["averaged"][str(n)][2] for n in SHOWN]
+        both = zip(medians, means, strict=True)
+        shown = [f"{middle:.2f}, {'–' if mean is None else f'{mean:.2f}'}" for middle, mean in both]
+        return [*shown, f"{case['memory'][2]:.2f}"]
+
+    return of_known(["0.9, median"], cells)
 
 
 def frozen_markdown() -> list[str]:

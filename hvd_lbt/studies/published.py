@@ -476,10 +476,15 @@ def _both_scales(
 
 
 OVERHEAD = 256  # samples
-MEASURED_GROWTH = (
-    "Pollux (Qiao et al., OSDI 2021, eq. 4 and 6): the batch that takes least time follows from "
-    "the gradient's noise and the cost of an update, B* = √(φ·a/b); no milestone has to say how "
-    "large it may be."
+MEASURED_GROWTH = partial(
+    Study,
+    name="measured_growth",
+    claim="Pollux (Qiao et al., OSDI 2021, eq. 4 and 6): the batch that takes least time follows "
+    "from the gradient's noise and the cost of an update, B* = √(φ·a/b); no milestone has to say "
+    "how large it may be.",
+    seeds=(0, 1, 2, 3, 4),
+    draw=draw_curves,
+    judge=judge_measured_growth,
 )
 LR_CAP = (
     "The measured batch starts as the planned one and may raise the lr to twice the first. An "
@@ -601,11 +606,9 @@ ALL = (
         ),
         judge_warmup_or_not,
     ),
-    Study(
-        name="measured_growth",
+    MEASURED_GROWTH(
         scale="laptop",
         title="The batch that the gradient asks for",
-        claim=MEASURED_GROWTH,
         setting=LAPTOP.format(
             images=SPLIT,
             ghost=16,
@@ -621,15 +624,10 @@ ALL = (
             "schedule.max_global_batch=120",
             "layout.micro_batch=16",
         ),
-        seeds=(0, 1, 2, 3, 4),
-        draw=draw_curves,
-        judge=judge_measured_growth,
     ),
-    Study(
-        name="measured_growth",
+    MEASURED_GROWTH(
         scale="cifar10",
         title="The batch that the gradient asks for, on CIFAR-10",
-        claim=MEASURED_GROWTH,
         setting="Here: the CIFAR-10 images of --data at 16×16 pixels, a ResNet-18 of width 8 with "
         "ghost batches of 64, 10 epochs in which the noise falls 4× at epochs 6 and 8. The page "
         "is of the first 500 images of each class to train on, and 300 to test on. " + LR_CAP,
@@ -647,9 +645,6 @@ ALL = (
             "layout.micro_batch=64",
             "run.eval_every=5",
         ),
-        seeds=(0, 1, 2, 3, 4),
-        draw=draw_curves,
-        judge=judge_measured_growth,
     ),
     Study(
         name="optimum_batch",
