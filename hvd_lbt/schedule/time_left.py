@@ -288,7 +288,8 @@ class TimeLeft:
     ) -> Callable[[float], float]:
         """Seconds of an update by its work: a + b·w, by least squares relative to each mean.
 
-        Of one size alone, forward and backward and the wait for data are b·w.
+        Of one size alone, forward and backward and the wait for data are b·w, at most what its
+        micro-batches took when they were tried.
         """
         points = sorted((work[key], means[key], len(size.seconds)) for key, size in timed.items())
         if len({round(w, 9) for w, _, _ in points}) > 1:
@@ -306,11 +307,15 @@ class TimeLeft:
         key = max(timed, key=lambda one: len(timed[one].seconds))
         size = timed[key]
         whole = means[key]
-        own = min(robust_mean(size.compute), whole) if size.compute else whole
-        if size.data:
-            own = min(own + robust_mean(size.data), whole)
-        b = own / work[key]
-        return lambda w: whole - own + b * w
+        compute = min(robust_mean(size.compute), whole) if size.compute else whole
+        data = min(_mean(size.data), whole - compute)
+        b = compute / work[key]
+        if self._costs:
+            # What an update computes beyond its micro-batches as they were tried, without the
+            # hooks and copies of each gradient, does not grow with their samples.
+            b = min(b, 1.0)
+        b += data / work[key]
+        return lambda w: whole + b * (w - work[key])
 
     def _input_rate(self, timed: Mapping[Key, _Size], means: Mapping[Key, float]) -> float:
         """Images/s that the input gives, where updates wait for it; else infinite."""
