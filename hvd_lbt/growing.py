@@ -51,7 +51,7 @@ class Noise:
 
     @property
     def samples(self) -> float | None:
-        """φ = tr(Σ)/|G|²; inf where |G|² cannot be told from 0, None before a measurement.
+        """φ = tr(Σ)/|G|²; inf where |G|² is not distinguishable from 0, None before a measurement.
 
         None too where |G|² of differences is not positive: they make it too small, without momentum
         negative for good, and a batch that grew by that would grow by a fault.
@@ -232,8 +232,8 @@ class _Step:
         return grown if same and grown.at(at.index).samples_seen == at.samples_seen else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A line of decisions.jsonl. JSON has no infinity: null is no bound, or more than is
-        told.
+        """A line of decisions.jsonl. JSON has no infinity: null is no bound, or beyond what can be
+        measured.
         """
         return {
             "update": self.following.index,

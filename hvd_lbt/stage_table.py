@@ -133,8 +133,8 @@ def _widest_note(recipe: Recipe, train_samples: int) -> str:
             f"batches of {recipe.layout.ghost_batch}."
         )
     return (
-        "The batch grows as far as the measured gradient noise and an update's overhead make it "
-        f"pay; its bounds (N/{PART_OF_DATA} = {train_samples // PART_OF_DATA:,}, an lr of "
+        "The batch grows by the measured gradient noise and the overhead of an update; its bounds "
+        f"(N/{PART_OF_DATA} = {train_samples // PART_OF_DATA:,}, an lr of "
         f"{schedule.largest_lr:g}, {schedule.max_global_batch:,}) allow up to {largest:,} and as "
         f"few as {widest.updates:,} updates."
     )

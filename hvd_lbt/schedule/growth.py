@@ -55,7 +55,7 @@ class Costs:
 class Measured:
     """What a decision rests on.
 
-    noise: φ in samples; inf where |G|² is too small to be told from 0. overhead: a/b, the samples
+    noise: φ in samples; inf where |G|² is not distinguishable from 0. overhead: a/b, the samples
     that take as long as what an update takes beside its samples; inf where b is 0. measurements: of
     φ, since the last change.
     """
