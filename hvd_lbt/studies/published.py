@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from hvd_lbt.studies.paired import held_if
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
 
@@ -97,7 +98,7 @@ def judge_three_schedules(found: Results) -> Verdict:
             "times as high"
         )
     return Verdict(
-        held=bool(held),
+        outcome=held_if(bool(held)),
         sentence=f"Test accuracy after equal epochs: {'; '.join(parts)}. "
         f"(Held: all within {SAME:g} point, loss within a factor of 1.5, fewer updates.)",
     )
@@ -122,7 +123,7 @@ def judge_fewer_updates(found: Results) -> Verdict:
     held &= all(points >= -SAME for points, _ in differences[:-1])
     listed = ", ".join(f"{arm['label']} {arm['updates']:,} ({mean(arm):.2f} %)" for arm in arms)
     return Verdict(
-        held=held,
+        outcome=held_if(held),
         sentence=f"Updates (test accuracy): {listed}. Against the first in points: "
         f"{', '.join(format_difference(one) for one in differences)}. (Held: fewer updates each "
         f"time, and only the last loses more than {SAME:g} point.)",
@@ -159,7 +160,7 @@ def judge_momentum_settling(found: Results) -> Verdict:
         where = f"With {panel}: " if panel else ""
         parts.append(f"{where}{mean(reference):.2f} % with momentum 0.9; {'; '.join(said)}")
     return Verdict(
-        held=held,
+        outcome=held_if(held),
         sentence=f"{'. '.join(parts)}. (Held: the raised momentum costs "
         "more than two standard errors, and the treatment wins back half of it or more, in all "
         "cases.)",
@@ -181,7 +182,7 @@ def judge_warmup_or_not(found: Results) -> Verdict:
     losses = {arm["name"]: difference(arm, small) for arm in (cold, warm, grown)}
     held = _beyond_error(helps) and losses["grown"][0] >= -SAME
     return Verdict(
-        held=held,
+        outcome=held_if(held),
         sentence=f"Against the small batch's {mean(small):.2f} % ({small['updates']:,} updates), "
         f"in points: linear scaling without warm-up {format_difference(losses['no_warm_up'])}, "
         f"with it {format_difference(losses['warm_up'])} ({warm['updates']:,} updates), the grown "
@@ -276,7 +277,7 @@ def judge_optimum_batch(found: Results) -> Verdict:
             f"{', '.join(f'{t:.0f}' for t in tops)})"
         )
     return Verdict(
-        held=held,
+        outcome=held_if(held),
         sentence=f"The batch of the highest test accuracy goes as {', as '.join(parts)}; the "
         "prediction is an exponent of 1 for each. (Held: each within two standard errors, or a "
         "quarter, of 1, and more than two standard errors above 0.)",
@@ -409,7 +410,7 @@ def judge_measured_growth(found: Results) -> Verdict:
     ]
     best = min(as_good, key=lambda arm: float(arm["updates"]))
     return Verdict(
-        held=bool(within and own["updates"] <= planned["updates"]),
+        outcome=held_if(bool(within and own["updates"] <= planned["updates"])),
         sentence=f"The measured batch: {mean(own):.2f} % in {own['updates']:,} updates (mean over "
         f"the seeds), against the planned one {format_difference(against)} points and "
         f"{planned['updates']:,} updates. The best constant batch, {best['label']}: "

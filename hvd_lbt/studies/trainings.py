@@ -28,6 +28,7 @@ from hvd_lbt.report.runs import Group, Run, read_run
 from hvd_lbt.rounding import five_digits
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
+from hvd_lbt.studies.paired import Outcome
 
 Results = dict[str, Any]  # what a study measured, plain enough for JSON
 
@@ -81,7 +82,7 @@ class Arm:
 class Verdict:
     """Whether the claim held, and the sentence that says so with its numbers."""
 
-    held: bool
+    outcome: Outcome
     sentence: str
 
 
@@ -187,7 +188,7 @@ def run_study(
     (out / f"{study.stem}.md").write_text(page(study, found), encoding="utf-8")
     print(f"Wrote {out / study.stem}.md, .png and .json after {seconds:.0f} s.")
     verdict = study.judge(found)
-    return f"The claim {'held' if verdict.held else 'did not hold'}. {verdict.sentence}"
+    return f"The claim {verdict.outcome}. {verdict.sentence}"
 
 
 def _overrides(arm: Arm, seed: int) -> tuple[str, ...]:
@@ -379,7 +380,7 @@ def page(study: Study, found: Results) -> str:
             "",
             f"`hvd_lbt study {study.name}{scale}`. {study.claim}",
             "",
-            f"**The claim {'held' if verdict.held else 'did not hold'}.** {verdict.sentence}",
+            f"**The claim {verdict.outcome}.** {verdict.sentence}",
             "",
             f"![{study.title}]({study.stem}.png)",
             "",

@@ -10,6 +10,7 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.studies import published
+from hvd_lbt.studies.paired import Outcome, held_if, interval, paired, seeds_needed
 from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
 from hvd_lbt.studies.trainings import compact_json, page, shortened, spread
 from hvd_lbt.study import main
@@ -101,7 +102,7 @@ def three_schedules(**changes):
 )
 def test_three_schedules(changes, held):
     verdict = published.judge_three_schedules(three_schedules(**changes))
-    assert verdict.held is held
+    assert verdict.outcome is held_if(held)
 
 
 def test_three_schedules_tells_its_numbers():
@@ -125,13 +126,13 @@ def test_fewer_updates(updates, accuracies, held):
         arm(f"a{count}-{place}", [accuracy - 0.1, accuracy + 0.1], updates=count)
         for place, (count, accuracy) in enumerate(zip(updates, accuracies, strict=True))
     ]
-    assert published.judge_fewer_updates(found(*arms)).held is held
+    assert published.judge_fewer_updates(found(*arms)).outcome is held_if(held)
 
 
 def test_one_seed_has_a_difference_without_an_error():
     arms = [arm(f"a{count}", [90.0], updates=count) for count in (400, 200, 100)]
     verdict = published.judge_fewer_updates(found(*arms))
-    assert verdict.held
+    assert verdict.outcome is Outcome.HELD
     assert "in points: +0.00, +0.00." in verdict.sentence
 
 
@@ -150,7 +151,7 @@ def test_momentum_settling(accuracies, held, said):
     names = ("reference", "start_zero", "start_corrected", "change_keep", "change_rescale")
     arms = [arm(name, [a - 0.1, a, a + 0.1]) for name, a in zip(names, accuracies, strict=True)]
     verdict = published.judge_momentum_settling(found(*arms))
-    assert verdict.held is held
+    assert verdict.outcome is held_if(held)
     assert said in verdict.sentence
 
 
@@ -165,7 +166,7 @@ def test_momentum_settling(accuracies, held, said):
 def test_warmup_or_not(accuracies, held):
     names = ("small", "no_warm_up", "warm_up", "grown")
     arms = [arm(name, [a - 0.1, a, a + 0.1]) for name, a in zip(names, accuracies, strict=True)]
-    assert published.judge_warmup_or_not(found(*arms)).held is held
+    assert published.judge_warmup_or_not(found(*arms)).outcome is held_if(held)
 
 
 def optimum_batch(power, *, base=22.0):
@@ -187,7 +188,7 @@ def test_optimum_batch(power, held):
     numbers = optimum_batch(power)
     for quantity in SWEEPS:
         assert exponent(numbers, quantity)[0] == pytest.approx(power, abs=1e-6)
-    assert published.judge_optimum_batch(numbers).held is held
+    assert published.judge_optimum_batch(numbers).outcome is held_if(held)
 
 
 def test_the_peak_of_a_parabola_and_of_a_slope():
@@ -277,3 +278,32 @@ def test_a_dry_run_is_the_same_schedules_in_so_many_updates():
     assert stages["cifar10_decay_lr"] == [(12, 128), (12, 128), (8, 128), (8, 128)]
     assert stages["cifar10_grow_batch"][0] == (12, 128)
     assert sum(count for count, _ in stages["cifar10_grow_batch"]) < 20
+
+
+def test_a_paired_difference_has_the_interval_of_students_t():
+    one = {"seeds": [0, 1, 2, 7], "finals": [91.0, 92.0, 93.0, 0.0]}
+    other = {"seeds": [2, 1, 0], "finals": [92.5, 91.2, 90.9]}
+    found = paired(one, other)  # of seeds 0, 1, 2: 0.1, 0.8, 0.5
+    assert found.pairs == 3
+    assert found.mean == pytest.approx(0.4667, abs=1e-4)
+    # t of 2 degrees of freedom at 97.5 % is 4.3027; the standard deviation is 0.35119
+    assert found.high - found.mean == pytest.approx(4.3027 * 0.35119 / math.sqrt(3), rel=1e-4)
+    assert str(found) == "+0.47 [-0.41, +1.34]"
+
+
+def test_an_interval_wider_than_the_claim_decides_nothing():
+    wide, narrow = interval([-1.0, 1.0, 0.0]), interval([0.1, 0.12, 0.11])
+    assert wide.within(1) is wide.above(-1) is Outcome.UNDECIDED
+    assert narrow.within(1) is narrow.above(-1) is Outcome.HELD
+    assert narrow.within(0.05) is narrow.above(0.2) is Outcome.NO
+    assert interval([0.0]).within(1) is Outcome.UNDECIDED
+    with pytest.raises(ValueError, match="no seed"):
+        paired({"seeds": [0], "finals": [1.0]}, {"seeds": [1], "finals": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("deviation", "needed"), [(0.0, 2), (0.1, 4), (0.3, 10), (0.6, 34), (3.0, 787)]
+)
+def test_seeds_that_show_a_difference_of_a_third_of_a_point(deviation, needed):
+    # standard tables of the paired t test (two-sided 5 %, power 80 %): d = 1: 10, d = 0.5: 34
+    assert seeds_needed(deviation) == pytest.approx(needed, abs=1)
