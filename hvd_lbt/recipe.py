@@ -125,6 +125,8 @@ class DataRecipe(_Section):
     """Decode all images at the start and keep them on the device, without DALI: for small
     images.
     """
+    label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training labels that are random, the same ones in every epoch: for studies."""
     stage: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)] | None = None
     """A folder on each node's own disk: shards are copied there once, and read from there."""
     timeout: Positive = 300.0

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt train`."""
     parser.add_argument("recipe", help="a shipped recipe's name, or a YAML file")
     parser.add_argument(
-        "--data", type=Path, help="a data set, MODULE:FUNCTION, or `synthetic` [digits]"
+        "--data", type=Path, help="a data set, MODULE:FUNCTION, `synthetic` or `teacher` [digits]"
     )
     parser.add_argument("--out", type=Path, help="the run's folder [runs/NAME]")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")

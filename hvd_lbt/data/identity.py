@@ -20,6 +20,7 @@ from hvd_lbt.data.own_data import OwnData
 from hvd_lbt.data.samples import Images
 from hvd_lbt.data.store import Store
 from hvd_lbt.data.synthetic import SyntheticStore
+from hvd_lbt.data.teacher import TeacherStore
 from hvd_lbt.errors import UserError
 
 Identity = dict[str, str]  # kind, count, classes, labels, samples: what is compared, as text
@@ -44,6 +45,8 @@ def identity(store: Images | SyntheticStore) -> Identity:
     }
     if isinstance(store, OwnData):  # its labels are known once they were read
         its |= {"kind": "python", "labels": "", "samples": store.digest}
+    if isinstance(store, TeacherStore):
+        its |= {"kind": "teacher", "samples": store.what}
     if isinstance(store, Store):
         index = store.index
         its["kind"] = index.kind

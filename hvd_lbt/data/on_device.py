@@ -18,9 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_lbt.data.crops import FLIP, pad_crops
+from hvd_lbt.data.label_noise import noisy_labels
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.samples import Batch, Images, TrainSamples
 from hvd_lbt.data.synthetic import SyntheticStore
+from hvd_lbt.data.teacher import TeacherStore
 from hvd_lbt.errors import ReadError, SampleError, UserError
 from hvd_lbt.recipe import DataRecipe
 
@@ -47,12 +49,12 @@ def train_batches(
     """
     samples = TrainSamples(_of_files(store), seed)
     for first, count, _ in ranges:
-        uniforms = samples.uniforms(first, count)
-        crops = np.zeros((count, 2))
-        if data.augment == "pad_crop":
-            crops = pad_crops(uniforms, data.pad)
-        mirror = (uniforms[:, FLIP] >= 0.5) & data.flip
-        yield _batch(samples.store, data, samples.indices(first, count), crops, mirror, device)
+        indices, crops, mirror = samples.indices(first, count), None, None
+        if data.augment == "pad_crop" or data.flip:
+            uniforms = samples.uniforms(first, count)
+            crops = pad_crops(uniforms, data.pad) if data.augment == "pad_crop" else None
+            mirror = (uniforms[:, FLIP] >= 0.5) & data.flip
+        yield _batch(samples.store, data, indices, crops, mirror, device, data.label_noise)
 
 
 def keep_images(
@@ -75,31 +77,34 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One batch for each (first index of the store, count) of `ranges`; nothing is random."""
     for first, count in ranges:
-        nothing = np.zeros((count, 2))
-        yield _batch(
-            _of_files(store),
-            data,
-            np.arange(first, first + count),
-            nothing,
-            nothing[:, 0] > 0,
-            device,
-        )
+        yield _batch(_of_files(store), data, np.arange(first, first + count), None, None, device)
 
 
 def _batch(
     store: Images,
     data: DataRecipe,
     indices: np.ndarray,
-    crops: np.ndarray,
-    mirror: np.ndarray,
+    crops: np.ndarray | None,
+    mirror: np.ndarray | None,
     device: torch.device,
+    label_noise: float = 0.0,
 ) -> Batch:
     """Crop, mirror, normalise. crops: (left, top) of each, in pixels; outside of the image is
-    black.
+    black. mirror: whether, of each.
     """
     images = _all_images(store, data, device)
+    all_labels = noisy_labels(store.labels[indices], indices, len(store.classes), label_noise)
+    mean, std = (torch.tensor(value, device=device) for value in (data.mean, data.std))
+    if crops is None and mirror is None:
+        where, labels = torch.from_numpy(np.stack([indices, all_labels])).to(device)
+        whole = images.index_select(0, where).permute(0, 3, 1, 2).contiguous()
+        normal = torch.sub(whole, mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+        return Batch(normal, labels.clone())
+    nothing = np.zeros((len(indices), 2))
+    crops = nothing if crops is None else crops
+    mirror = nothing[:, 0] if mirror is None else mirror
     # one transfer: index, left, top, mirror, label
-    numbers = np.c_[indices, crops, mirror, store.labels[indices]].astype(np.int64)
+    numbers = np.c_[indices, crops, mirror, all_labels].astype(np.int64)
     where, left, top, mirrored, labels = torch.from_numpy(numbers).to(device).unbind(1)
     side = torch.arange(data.image_size, device=device)
     rows = top[:, None] + side
@@ -111,7 +116,6 @@ def _batch(
     pixels = images[
         where[:, None, None], rows.clamp(0, last)[:, :, None], columns.clamp(0, last)[:, None]
     ]
-    mean, std = (torch.tensor(value, device=device) for value in (data.mean, data.std))
     normal = (pixels * inside[..., None] - mean) / std
     return Batch(normal.permute(0, 3, 1, 2), labels.clone())
 
@@ -126,6 +130,9 @@ def _all_images(store: Images, data: DataRecipe, device: torch.device) -> Tensor
     """All images of the store, decoded when they are first asked for."""
     if store not in _kept:
         _check_room(len(store) * 3 * data.image_size**2, device)
+        if isinstance(store, TeacherStore):
+            _kept[store] = torch.from_numpy(np.concatenate(list(store.pixels()))).to(device)
+            return _kept[store]
         images = torch.empty(len(store), data.image_size, data.image_size, 3, dtype=torch.uint8)
         readers = Readers(data.readers)
         parts = np.arange(0, len(store), DECODED_AT_ONCE)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_lbt.data.crops import FLIP, center_crops, pad_crops, random_resized_crops
+from hvd_lbt.data.label_noise import noisy_labels
 from hvd_lbt.data.pixels import Encoded
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.samples import SKIPPED, Batch, Images, TrainSamples
@@ -88,7 +89,8 @@ def train_batches(
             store, data, ((first, count) for first, count, _ in ranges), micro_batch, device
         )
     samples = TrainSamples(store, seed)
-    maker = _Maker(store, data, _Augmented(data), micro_batch + 1, device, local_size)
+    graph = _Augmented(data)
+    maker = _Maker(store, data, graph, micro_batch + 1, device, local_size, data.label_noise)
     return maker.batches(ranges, samples.indices, samples.uniforms, on_skipped)
 
 
@@ -152,6 +154,7 @@ class _Maker:
     micro_batch: int
     device: torch.device
     local_size: int
+    label_noise: float = 0.0
 
     def batches(
         self,
@@ -205,7 +208,12 @@ class _Maker:
                     pipeline = self._pipeline(source)
                     continue
                 work = decoding.popleft()
-                labels = self.store.labels[work.indices]
+                labels = noisy_labels(
+                    self.store.labels[work.indices],
+                    work.indices,
+                    len(self.store.classes),
+                    self.label_noise,
+                )
                 labels[list(work.skipped)] = SKIPPED
                 # DALI's dynamic executor, its default, leaves outputs alone as long as they are
                 # held.

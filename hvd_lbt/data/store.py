@@ -16,6 +16,13 @@ from hvd_lbt.data.own_data import OwnData, own_splits, own_test_split
 from hvd_lbt.data.raw_layouts import raw_layout
 from hvd_lbt.data.reading import bounded
 from hvd_lbt.data.synthetic import SYNTHETIC, SyntheticStore, synthetic_splits
+from hvd_lbt.data.teacher import (
+    TEACHER,
+    TRAIN_SAMPLES,
+    TeacherStore,
+    teacher_splits,
+    teacher_test_split,
+)
 from hvd_lbt.errors import ReadError, UserError
 from hvd_lbt.own import is_object_name
 from hvd_lbt.recipe import Recipe
@@ -24,24 +31,36 @@ from hvd_lbt.world import RANK_VARIABLES
 TIMEOUT = 300.0
 
 
-Splits = tuple[Store, Store] | tuple[OwnData, OwnData] | tuple[SyntheticStore, SyntheticStore]
+Splits = (
+    tuple[Store, Store]
+    | tuple[OwnData, OwnData]
+    | tuple[SyntheticStore, SyntheticStore]
+    | tuple[TeacherStore, TeacherStore]
+)
 
 
 def open_data(data: Path | None, recipe: Recipe) -> Splits:
     """The splits that `--data` names.
 
-    None: the built-in digits; `synthetic`: images in memory; `package.module:function`: a Python
-    data set, unless there is a folder of this name.
+    None: the built-in digits; `synthetic`: images in memory; `teacher`: random images that a fixed
+    network labels; `package.module:function`: a Python data set, unless there is a folder of this
+    name.
     """
     if data == SYNTHETIC:
         return synthetic_splits(recipe)
+    if data == TEACHER:
+        return teacher_splits(recipe)
     if is_own(data):
         return own_splits(str(data), recipe.model.num_classes, recipe.data.classes)
     return open_splits(data or write_digits(), recipe.data.classes, recipe.data.timeout)
 
 
-def open_test_data(data: Path | None, classes: tuple[str, ...], recipe: Recipe) -> Store | OwnData:
+def open_test_data(
+    data: Path | None, classes: tuple[str, ...], recipe: Recipe
+) -> Store | OwnData | TeacherStore:
     """The test split that `--data` names, for a network with these classes."""
+    if data == TEACHER:
+        return teacher_test_split(classes, recipe)
     if is_own(data):
         return own_test_split(str(data), classes)
     file, timeout = recipe.data.classes, recipe.data.timeout
@@ -50,6 +69,8 @@ def open_test_data(data: Path | None, classes: tuple[str, ...], recipe: Recipe) 
 
 def count_train_samples(data: Path, recipe: Recipe) -> int:
     """How many training samples `--data` has."""
+    if data == TEACHER:
+        return recipe.data.train_samples or TRAIN_SAMPLES
     if is_own(data):
         return len(own_splits(str(data), recipe.model.num_classes, recipe.data.classes)[0])
     return len(open_train_split(data))

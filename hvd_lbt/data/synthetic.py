@@ -31,6 +31,11 @@ def synthetic_splits(recipe: Recipe) -> tuple[SyntheticStore, SyntheticStore]:
             f"--data synthetic: recipe {recipe.name} does not say how many images there are; give "
             "--set data.train_samples=N."
         )
+    if recipe.data.label_noise:
+        raise UserError(
+            "data.label_noise has no effect with --data synthetic, whose labels are random: leave "
+            "it out."
+        )
     classes = tuple(str(label) for label in range(recipe.model.num_classes or 1000))
     train = SyntheticStore(recipe.data.train_samples, classes)
     return train, SyntheticStore(min(TEST_SAMPLES, len(train)), classes)

@@ -72,7 +72,7 @@ def build_model(
     if name == "inception_resnet_v2":
         return InceptionResNetV2(outputs, norm=partial(norm, eps=1e-3))
     if name == "perceptron":
-        return Perceptron(settings.width, outputs)
+        return Perceptron(settings.width, outputs, image_size)
     raise UserError(
         f"model.name: {settings.name!r} cannot be built. Allowed: "
         + ", ".join(f"resnet{depth}" for depth in DEPTHS)

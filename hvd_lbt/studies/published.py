@@ -57,7 +57,7 @@ POLICIES = ("decay_lr", "hybrid", "grow_batch")
 
 
 def _three_schedules(
-    recipe: str, digits: Digits | None, plain_lr: str, overrides: tuple[str, ...] = ()
+    recipe: str, data: Digits | None, plain_lr: str, overrides: tuple[str, ...] = ()
 ) -> tuple[Arm, ...]:
     return tuple(
         Arm(
@@ -65,7 +65,7 @@ def _three_schedules(
             label=policy,
             panel=title,
             recipe=recipe,
-            digits=digits,
+            data=data,
             overrides=(
                 *overrides,
                 f"schedule.policy={policy}",
@@ -215,7 +215,7 @@ def _optimum_batch() -> tuple[Arm, ...]:
                     panel=quantity,
                     x=batch,
                     recipe="digits_perceptron",
-                    digits=Digits(train_samples=int(images)),
+                    data=Digits(train_samples=int(images)),
                     overrides=(
                         f"schedule.lr={lr:g}",
                         f"schedule.momentum={1 - 1 / total:g}",
@@ -321,7 +321,7 @@ def _four_schedules() -> tuple[Arm, ...]:
             name=name,
             label=label,
             recipe="digits_4px",
-            digits=DIGITS,
+            data=DIGITS,
             overrides=("schedule.max_global_batch=240", *overrides),
         )
         for name, (label, overrides) in settings.items()
@@ -338,7 +338,7 @@ def _shipped(*arms: tuple[str, str, str], overrides: tuple[str, ...] = ()) -> tu
 
 def _momentum_settling(
     recipe: str,
-    digits: Digits | None,
+    data: Digits | None,
     momentum: float,
     falls: Sequence[tuple[float, float]],
     lrs: Sequence[float],
@@ -367,7 +367,7 @@ def _momentum_settling(
             label=label,
             panel=f"lr {lr:g}",
             recipe=recipe,
-            digits=digits,
+            data=data,
             overrides=("schedule.policy=grow_batch", f"schedule.lr={lr:g}", *overrides),
         )
         for lr in lrs
@@ -376,7 +376,7 @@ def _momentum_settling(
 
 
 def _warmup_or_not(
-    recipe: str, digits: Digits | None, *, lr: float, batch: int, times: int, epochs: int
+    recipe: str, data: Digits | None, *, lr: float, batch: int, times: int, epochs: int
 ) -> tuple[Arm, ...]:
     large = f"B {batch * times:,}, lr {lr * times:g}"
     scaled = (f"schedule.global_batch={batch * times}", f"schedule.lr={lr * times:g}")
@@ -388,7 +388,7 @@ def _warmup_or_not(
         "grown": (f"B grows from {batch}, lr {lr:g}", ("schedule.policy=grow_batch",)),
     }
     return tuple(
-        Arm(name=name, label=label, recipe=recipe, digits=digits, overrides=overrides)
+        Arm(name=name, label=label, recipe=recipe, data=data, overrides=overrides)
         for name, (label, overrides) in settings.items()
     )
 
@@ -421,7 +421,7 @@ def judge_measured_growth(found: Results) -> Verdict:
 
 
 def _measured_growth(
-    recipe: str, digits: Digits | None, batches: Sequence[int], lr: float, *overrides: str
+    recipe: str, data: Digits | None, batches: Sequence[int], lr: float, *overrides: str
 ) -> tuple[Arm, ...]:
     """batches: constant ones, the first that of the recipe; their lr is in proportion."""
     measured = (
@@ -450,7 +450,7 @@ def _measured_growth(
             name=name,
             label=label,
             recipe=recipe,
-            digits=digits,
+            data=data,
             overrides=(*overrides, *own),
         )
         for name, (label, own) in settings.items()

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.data.digits import cache_folder, write_digits
+from hvd_lbt.data.teacher import TEACHER
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe, load_recipe, recipe_of
 from hvd_lbt.report.curves import Band, evaluated, measured
@@ -61,11 +62,20 @@ class Digits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """`--data teacher`: as many images as the arm's data.train_samples says, made as needed."""
+
+    def write(self) -> Path:
+        """The name of the data set; nothing is stored."""
+        return TEACHER
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One line of a study: a recipe with overrides, trained once for each seed.
 
     name: of its folders; label: in figure and table; panel, x: where a study draws it.
-    digits: None takes the images of --data. paper: its test accuracy in the paper.
+    data: None takes the images of --data. paper: its test accuracy in the paper.
     """
 
     name: str
@@ -74,7 +84,7 @@ class Arm:
     overrides: tuple[str, ...] = ()
     panel: str = ""
     x: float | None = None
-    digits: Digits | None = None
+    data: Digits | Teacher | None = None
     paper: str = "–"
 
 
@@ -169,7 +179,7 @@ def run_study(
         {
             "recipe": tasks[path][0].recipe,
             "overrides": _overrides(tasks[path][0], tasks[path][1].run.seed),
-            "data": str(images[tasks[path][0].digits]),
+            "data": str(images[tasks[path][0].data]),
             "out": str(path),
         }
         for path in order
@@ -195,8 +205,8 @@ def _overrides(arm: Arm, seed: int) -> tuple[str, ...]:
     return (*arm.overrides, f"run.seed={seed}", f"name={arm.name}")
 
 
-def _image_folders(study: Study, data: Path | None) -> dict[Digits | None, Path]:
-    kinds = dict.fromkeys(arm.digits for arm in study.arms)
+def _image_folders(study: Study, data: Path | None) -> dict[Digits | Teacher | None, Path]:
+    kinds = dict.fromkeys(arm.data for arm in study.arms)
     if None in kinds and data is None:
         raise UserError(
             f"--data: the {study.scale} scale of {study.name} needs the images of "
@@ -226,8 +236,12 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
 
 def _updates(arm: Arm, recipe: Recipe) -> int:
     """How long a training is, to deal them out: exact where the number of images is known."""
-    images = arm.digits.train_samples if arm.digits else recipe.data.train_samples or 50_000
-    return make_plan(recipe.schedule, images).updates
+    return make_plan(recipe.schedule, train_samples(arm, recipe) or 50_000).updates
+
+
+def train_samples(arm: Arm, recipe: Recipe) -> int | None:
+    """How many images it trains on, as far as that is known beforehand."""
+    return arm.data.train_samples if isinstance(arm.data, Digits) else recipe.data.train_samples
 
 
 def _train(lists: Sequence[list[dict[str, Any]]], folder: Path, launcher: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.studies import published
 from hvd_lbt.studies.paired import Outcome, held_if, interval, paired, seeds_needed
 from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
-from hvd_lbt.studies.trainings import compact_json, page, shortened, spread
+from hvd_lbt.studies.trainings import compact_json, page, shortened, spread, train_samples
 from hvd_lbt.study import main
 
 
@@ -21,7 +21,7 @@ def test_every_arm_is_a_recipe_that_can_be_planned(study):
     plans = {}
     for arm in study.arms:
         recipe = load_recipe(arm.recipe, [*arm.overrides, f"name={arm.name}"])
-        samples = arm.digits.train_samples if arm.digits else recipe.data.train_samples
+        samples = train_samples(arm, recipe)
         plans[arm.name] = make_plan(recipe.schedule, samples)
         # what is compared is compared at equal epochs
         first = next(iter(plans.values()))
@@ -37,7 +37,7 @@ def test_the_noise_is_that_of_the_first_arm_where_the_claim_is_about_equal_noise
             scales = {}
             for arm in study.arms:
                 recipe = load_recipe(arm.recipe, arm.overrides)
-                samples = arm.digits.train_samples if arm.digits else recipe.data.train_samples
+                samples = train_samples(arm, recipe)
                 scale = make_plan(recipe.schedule, samples).stages[0].noise_scale
                 assert scale == pytest.approx(scales.setdefault(arm.panel, scale))
 
