@@ -19,7 +19,7 @@ from hvd_lbt.schedule.layout import (
 )
 from hvd_lbt.schedule.phases import phases
 from hvd_lbt.schedule.plan import Plan, Stage, target_workers
-from hvd_lbt.schedule.plan_warnings import plan_warnings
+from hvd_lbt.schedule.plan_warnings import plan_warnings, sampling_note
 
 
 def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
@@ -74,7 +74,10 @@ def render_plan(
 
 def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int]) -> list[str]:
     """What the table does not show: doubts, idle workers, a smaller last update and the like."""
-    notes = plan_warnings([asdict(stage) for stage in plan.stages], plan.train_samples)
+    stages = [asdict(stage) for stage in plan.stages]
+    notes = plan_warnings(stages, plan.train_samples)
+    if note := sampling_note(stages, plan.train_samples, nesterov=recipe.optimizer.nesterov):
+        notes.append(note)
     compared = []  # stages where an update is one micro-batch
     for stage in plan.stages:
         wanted = target_workers(stage, recipe.elastic.local_batch) or workers

@@ -27,6 +27,12 @@ from hvd_lbt.schedule.settings import (
     WarmUp,
 )
 from hvd_lbt.schedule.speed import Link, SpeedProfile, UpdateTime, Work, update_time
+from hvd_lbt.schedule.weight_variance import (
+    epoch_share,
+    half_noise_curvature,
+    predicted_variance,
+    stationary_variance,
+)
 
 __all__ = [
     "Cluster",
@@ -48,10 +54,14 @@ __all__ = [
     "WarmUp",
     "Work",
     "batch_of_equal_noise",
+    "epoch_share",
     "exact_noise_scale",
+    "half_noise_curvature",
     "make_layout",
     "make_plan",
     "noise_scale",
+    "predicted_variance",
     "stage_times",
+    "stationary_variance",
     "update_time",
 ]

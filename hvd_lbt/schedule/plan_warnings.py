@@ -4,8 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, log
 from typing import Any
 
+from hvd_lbt.schedule.weight_variance import HALF, half_noise_curvature
+
 LARGEST_SHARE = 0.1  # of the training set in one batch
 UNSETTLED = 0.05  # of an earlier gradient that is still in the momentum buffer
+LONG_MEMORY = 0.1  # epochs over which the momentum buffer averages
 
 
 def settling_updates(momentum: float) -> int:
@@ -39,6 +42,46 @@ def plan_warnings(stages: Sequence[Mapping[str, Any]], train_samples: int) -> li
             f"m^updates ≤ {UNSETTLED:g}): the noise scale is not what the table says all the time."
         )
     return warnings
+
+
+def sampling_note(
+    stages: Sequence[Mapping[str, Any]], train_samples: int, *, nesterov: bool
+) -> str | None:
+    """Where the plan's g overstates the noise, as every sample comes once an epoch; None: nowhere.
+
+    Stages whose momentum averages over more than a tenth of an epoch, 1/(1−m) updates of B samples.
+    The curvature below which less than half of the noise is left (`half_noise_curvature`) is that
+    of the stage with the longest memory, at its first lr.
+    """
+
+    def memory(stage: Mapping[str, Any]) -> float:
+        return float(stage["global_batch"] / (train_samples * (1 - stage["momentum"])))
+
+    long = [stage for stage in stages if memory(stage) > LONG_MEMORY]
+    if not long:
+        return None
+    longest = max(long, key=lambda stage: (memory(stage), stage["index"]))
+    curvature = half_noise_curvature(
+        lr=longest["lr"],
+        momentum=longest["momentum"],
+        train_samples=train_samples,
+        global_batch=longest["global_batch"],
+        nesterov=nesterov,
+    )
+    where = f"In stage {longest['index'] + 1}"
+    half = (
+        f"{where} no direction has half of it"
+        if curvature is None
+        else f"{where} directions in which the curvature of the mean loss is below "
+        f"{curvature:,.3g} are predicted to have less than half of it (if 1/(1−m) updates were a "
+        f"small part of an epoch: below {HALF / longest['noise_scale']:,.3g})"
+    )
+    return (
+        f"Note: in {_stages(long)} the 1/(1−m) updates that the momentum averages over are more "
+        f"than a tenth of an epoch (up to {memory(longest):.2g} epochs). Every sample comes once "
+        f"an epoch, so directions of small curvature have less noise than g says. {half}. See "
+        "docs/noise_scale.md."
+    )
 
 
 def _stages(stages: Iterable[Mapping[str, Any]]) -> str:
