@@ -27,6 +27,7 @@ import yaml
 from torch import Tensor
 
 from hvd_lbt.data.identity import Identity, same_at_resume
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe, recipe_of
 from hvd_lbt.run_lock import RunLock
@@ -211,6 +212,7 @@ def open_run(
     Checkpoints._writer.submit(_finish_interrupted, out / "checkpoints").result()
     state = load_newest(out / "checkpoints", set_aside=True) if resume else None
     if state is not None:
+        _check_order(state, out)
         changes = recipe.changes_since(state["recipe"])
         if changes:
             raise UserError(
@@ -239,6 +241,18 @@ def open_run(
             f"or correct it, then start again with --resume, or choose another --out than {out}."
         ) from error
     return state
+
+
+def _check_order(state: Mapping[str, Any], out: Path) -> None:
+    """Raise UserError if the run's samples came in the order of another version."""
+    version = state.get("order_version", 1)
+    if version != ORDER_VERSION:
+        raise UserError(
+            f"{out} was trained with version {version} of the samples' order, and this program has "
+            f"version {ORDER_VERSION}: the epoch that was under way would get some samples twice "
+            "and others never. Resume with the hvd_lbt that wrote the run, or choose another --out "
+            f"and start from its weights: --set model.pretrained={out / 'checkpoints' / BEST}."
+        )
 
 
 class DamagedError(UserError):

@@ -31,6 +31,7 @@ from hvd_lbt.branch_table import WHAT, render_branches, sentences
 from hvd_lbt.branch_training import Branch, Brancher, Origin
 from hvd_lbt.data.identity import same_at_resume, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import UserError
 from hvd_lbt.growing import Growing
@@ -158,6 +159,12 @@ def _origin(
     said = same_at_resume(state, splits, f"The checkpoint {file}", resumes=False)
     if said and world.rank == 0:
         print(said, flush=True)
+    if state.get("order_version", 1) != ORDER_VERSION and world.rank == 0:
+        print(
+            f"The checkpoint {file} is of another version of the samples' order: the branches take "
+            "other samples than the run itself would have taken next.",
+            flush=True,
+        )
     plan = Growing(recipe, len(train_store), state.get("growing")).plan
     if not 0 <= state["update"] <= plan.updates:
         raise UserError(

@@ -42,6 +42,7 @@ from hvd_lbt.bench.harness import (
     time_interleaved,
 )
 from hvd_lbt.bench.native import SHUFFLED, native_batches, native_decoding
+from hvd_lbt.bench.order import memory_mb
 from hvd_lbt.data.convert import ENDINGS, convert, quality
 from hvd_lbt.data.index import TICK
 from hvd_lbt.data.pipeline import evaluation_batches, train_batches
@@ -404,15 +405,8 @@ def _index_cost(data: Path) -> dict[str, float]:
 
 def open_and_tell(data: str) -> None:
     """Print seconds, MB held and MB at the most (Linux) that opening the training split takes."""
-    before, began = _memory_mb("VmRSS"), time.perf_counter()
+    before, began = memory_mb("VmRSS"), time.perf_counter()
     store = open_train_split(Path(data))
     seconds = time.perf_counter() - began
     assert len(store)
-    print(seconds, _memory_mb("VmRSS") - before, _memory_mb("VmHWM") - before)
-
-
-def _memory_mb(name: str) -> float:
-    """VmRSS: now; VmHWM: at the most, of this program alone (getrusage also knows its parent's)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    return int(kilobytes) / 1024
+    print(seconds, memory_mb("VmRSS") - before, memory_mb("VmHWM") - before)

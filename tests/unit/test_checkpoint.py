@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from hvd_lbt import checkpoint
-from hvd_lbt.checkpoint import Checkpoints, DamagedError, checkpoint_files, load, load_newest
+from hvd_lbt.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    checkpoint_files,
+    load,
+    load_newest,
+    open_run,
+)
 from hvd_lbt.cli import main
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.errors import UserError
 from hvd_lbt.models import build_model
 from hvd_lbt.recipe import RunRecipe, load_recipe
@@ -157,3 +165,17 @@ def test_export_gives_what_torchvisions_resnet50_loads(tmp_path, capsys):
     assert found == (GOLDEN / "torchvision_resnet50.txt").read_text().splitlines()
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights[name], tensor)
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, "version 1"), (1, "version 1"), (9, "9")])
+def test_a_run_in_another_order_of_samples_is_not_resumed(tmp_path, version, named):
+    recipe = load_recipe("digits")
+    its = state(1.0) | {"recipe": recipe.to_dict(), "train_samples": 10}
+    saved = checkpoints(tmp_path / "checkpoints")
+    saved.save(1, its | ({} if version is None else {"order_version": version}))
+    saved.wait()
+    with pytest.raises(UserError, match=rf"{named} of the samples' order.*model\.pretrained="):
+        open_run(tmp_path, recipe, {"train": {"count": "10"}}, resume=True)
+    saved.save(2, its | {"order_version": ORDER_VERSION})
+    saved.wait()
+    assert open_run(tmp_path, recipe, {"train": {"count": "10"}}, resume=True)["update"] == 2

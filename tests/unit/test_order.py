@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_lbt.data.order import epoch_order, sample_uniforms, stream_ranges
+from hvd_lbt.data.order import SampleStream, epoch_order, order_at, sample_uniforms, stream_ranges
 from hvd_lbt.schedule.layout import make_layout
 
 seeds = st.integers(0, 2**63 - 1)
@@ -52,7 +52,15 @@ def test_numbers_are_no_function_of_the_order():
 
 
 def test_golden_values_hold_on_every_machine_and_numpy():
-    assert epoch_order(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert epoch_order(0, 0, 10).tolist() == [2, 6, 1, 4, 5, 9, 8, 0, 7, 3]
+    positions = np.array([0, 1, 10**6, 2**61])
+    assert order_at(3, 5, positions[:3], 1_281_167).tolist() == [553887, 96467, 549065]
+    assert order_at(3, 5, positions, 2**62 - 57).tolist() == [
+        479567249678195680,
+        1467141842026324030,
+        2534841963877084086,
+        1247531473131369695,
+    ]
     assert np.array_equal(
         sample_uniforms(7, 3, 5, 1, 3)[0],
         [0.5184643650152858, 0.037191216496851864, 0.3178598873762948],
@@ -82,10 +90,29 @@ def test_an_update_has_the_same_samples_on_any_number_of_workers(size, batch, se
         layout = make_layout(batch, rank=rank, size=size, micro_batch=16, ghost_batch=8)
         for part in layout.micro_batches:
             for epoch, first, count in stream_ranges(seen + part.start, len(part), n):
-                found += epoch_order(0, epoch, n)[first : first + count].tolist()
+                found += order_at(0, epoch, np.arange(first, first + count), n).tolist()
     alone = [
         sample
         for epoch, first, count in stream_ranges(seen, batch, n)
-        for sample in epoch_order(0, epoch, n)[first : first + count].tolist()
+        for sample in order_at(0, epoch, np.arange(first, first + count), n).tolist()
     ]
     assert found == alone
+
+
+@given(seeds, st.integers(1, 400), st.integers(0, 3000), st.integers(1, 300))
+def test_the_stream_is_the_epochs_orders_one_after_the_other(seed, n, first, count):
+    found = SampleStream(n, seed).indices(first, count).tolist()
+    assert found == [
+        sample
+        for epoch, start, length in stream_ranges(first, count, n)
+        for sample in epoch_order(seed, epoch, n)[start : start + length].tolist()
+    ]
+
+
+def test_a_stream_of_ten_billion_samples_has_no_array_of_them():
+    stream = SampleStream(10**10, 1)
+    indices = stream.indices(10**10 - 500, 1000)  # the end of epoch 0, the begin of epoch 1
+    assert indices.min() >= 0
+    assert indices.max() < 10**10
+    assert np.unique(indices[:500]).size == np.unique(indices[500:]).size == 500
+    assert indices[500:].tolist() == order_at(1, 1, np.arange(500), 10**10).tolist()
