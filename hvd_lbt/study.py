@@ -19,7 +19,7 @@ from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies import bayesian_evidence, published
 from hvd_lbt.studies.trainings import Stopped, run_study, shortened
 
-SCALES = ("laptop", "cifar10", "gpu", "cluster")
+SCALES = ("laptop", "smoke", "cifar10", "gpu", "cluster")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         if args.data is None:
             raise UserError("--updates K: a dry run needs --data FOLDER, the images to train on.")
         study = shortened(study, args.updates, len(open_train_split(args.data)))
-    jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale == "laptop" else 1)
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale in ("laptop", "smoke") else 1)
     # Every training saves and ends. A shell's background job ignores SIGINT from its start.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)

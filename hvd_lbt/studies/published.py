@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from hvd_lbt.studies import imagenet_schedules
 from hvd_lbt.studies.paired import held_if
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
@@ -667,6 +668,7 @@ ALL = (
         judge=judge_optimum_batch,
         curves=False,
     ),
+    *imagenet_schedules.STUDIES,
 )
 STUDIES: dict[str, dict[str, Study]] = {}
 for _study in ALL:

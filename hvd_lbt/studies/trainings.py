@@ -118,7 +118,7 @@ class Study:
 
     @property
     def stem(self) -> str:
-        """Of the names of the report's files."""
+        """Of the names of its files and of its folder."""
         return self.name if self.scale == "laptop" else f"{self.name}_{self.scale}"
 
 
@@ -371,7 +371,9 @@ def made_with(found: Results) -> str:
 
 def page(study: Study, found: Results) -> str:
     """The study's page, in Markdown."""
-    scale = "" if study.scale == "laptop" else f" --scale {study.scale} --data FOLDER"
+    scale = "" if study.scale == "laptop" else f" --scale {study.scale}"
+    if any(arm.data is None for arm in study.arms):
+        scale += " --data FOLDER"
     verdict = study.judge(found)
     rows = [
         f"| {_row_label(arm)} | {_batches(arm)} | {arm['first_lr']:g} | {arm['momentum']:g} | "

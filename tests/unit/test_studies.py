@@ -9,7 +9,7 @@ import pytest
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
-from hvd_lbt.studies import published
+from hvd_lbt.studies import imagenet_schedules, published
 from hvd_lbt.studies.paired import Outcome, held_if, interval, paired, seeds_needed
 from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
 from hvd_lbt.studies.trainings import compact_json, page, shortened, spread, train_samples
@@ -18,16 +18,13 @@ from hvd_lbt.study import main
 
 @pytest.mark.parametrize("study", ALL, ids=lambda study: study.stem)
 def test_every_arm_is_a_recipe_that_can_be_planned(study):
-    plans = {}
+    epochs = {}
     for arm in study.arms:
         recipe = load_recipe(arm.recipe, [*arm.overrides, f"name={arm.name}"])
-        samples = train_samples(arm, recipe)
-        plans[arm.name] = make_plan(recipe.schedule, samples)
-        # what is compared is compared at equal epochs
-        first = next(iter(plans.values()))
-        assert plans[arm.name].samples / plans[arm.name].train_samples == pytest.approx(
-            first.samples / first.train_samples
-        )
+        plan = make_plan(recipe.schedule, train_samples(arm, recipe))
+        # what a panel compares is compared at equal epochs
+        epochs.setdefault(arm.panel, plan.samples / plan.train_samples)
+        assert plan.samples / plan.train_samples == pytest.approx(epochs[arm.panel])
     assert len(study.seeds) >= 3 or study.scale != "laptop"
 
 
@@ -205,7 +202,14 @@ def test_figure_and_page_can_be_made_from_the_json(study, tmp_path):
     else:
         made = found(
             *(
-                arm(a.name, [95.0, 95.5], label=a.label, panel=a.panel, updates=900 - place)
+                arm(
+                    a.name,
+                    [95.0, 95.5],
+                    label=a.label,
+                    panel=a.panel,
+                    x=a.x,
+                    updates=900 - place,
+                )
                 for place, a in enumerate(study.arms)
             )
         )
@@ -307,3 +311,46 @@ def test_an_interval_wider_than_the_claim_decides_nothing():
 def test_seeds_that_show_a_difference_of_a_third_of_a_point(deviation, needed):
     # standard tables of the paired t test (two-sided 5 %, power 80 %): d = 1: 10, d = 0.5: 34
     assert seeds_needed(deviation) == pytest.approx(needed, abs=1)
+
+
+def schedules_found(constant=86.0, m0975=90.0, updates=2346):
+    """Numbers of imagenet_schedules, for its verdict."""
+    finals = {"decay_lr": 90.0, "warm_up": 90.1, "constant": constant, "m0975": m0975}
+    counts = {"decay_lr": 14_076, "first_fall": 5630, "m090": 5865, "m095": 3519, "m0975": updates}
+    arms = []
+    for arm in imagenet_schedules.ARMS:
+        middle = finals.get(arm.name, 90.0)
+        if arm.x is not None:
+            middle = 80.0 if arm.x > 200_000 and "0.06" in arm.label else 85.0
+        about = {"name": arm.name, "label": arm.label, "x": arm.x, "train_samples": 1_281_167}
+        values = [middle - 0.1, middle, middle + 0.1]
+        # not the same difference for each seed
+        values[0] += 0.01 * len(arm.name)
+        about |= {"finals": values, "seeds": [0, 1, 2], "updates": counts.get(arm.name, 14_076)}
+        arms.append(about)
+    return {"arms": arms}
+
+
+def test_the_verdict_on_imagenets_schedules():
+    verdict = imagenet_schedules.judge(schedules_found())
+    assert verdict.outcome is Outcome.HELD
+    assert "lr 0.06 at B 8,192: kept to B = 131,072 (0.10 N), lost from 262,144" in verdict.sentence
+    assert "lr 0.015 at B 8,192: kept to B = 640,583 (0.50 N), lost by none" in verdict.sentence
+    assert imagenet_schedules.judge(schedules_found(m0975=88.0)).outcome is Outcome.NO
+    assert imagenet_schedules.judge(schedules_found(m0975=89.5)).outcome is Outcome.UNDECIDED
+    # a design whose control does not lose could not have said no
+    assert imagenet_schedules.judge(schedules_found(constant=90.0)).outcome is Outcome.UNDECIDED
+    assert imagenet_schedules.judge(schedules_found(updates=14_076)).outcome is Outcome.NO
+
+
+def test_imagenets_schedules_have_the_papers_updates():
+    for scale in STUDIES["imagenet_schedules"].values():
+        updates = {}
+        for arm in scale.arms:
+            recipe = load_recipe(arm.recipe, arm.overrides)
+            updates[arm.name] = make_plan(recipe.schedule, recipe.data.train_samples).updates
+        if scale.scale == "laptop":
+            grown = [updates[name] for name in ("decay_lr", *imagenet_schedules.GROWN)]
+            assert grown == [14_076, 5865, 5630, 3519, 2346]
+        else:
+            assert max(updates.values()) < 1500
