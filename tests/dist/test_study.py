@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from hvd_lbt.errors import UserError
+from hvd_lbt.studies.imagenet_schedules import GROWN
 from hvd_lbt.studies.pictures import draw_curves
-from hvd_lbt.studies.published import judge_fewer_updates
+from hvd_lbt.studies.published import STUDIES, judge_fewer_updates
 from hvd_lbt.studies.trainings import Arm, Digits, Study, run_study
 
 SHORT = ("schedule.epochs=2", "run.eval_every=1", "data.train_samples=500")
@@ -27,7 +28,7 @@ def arm(name: str, *overrides: str) -> Arm:
         label=name,
         recipe="digits_perceptron",
         overrides=(*SHORT, *overrides),
-        digits=Digits(train_samples=500),
+        data=Digits(train_samples=500),
     )
 
 
@@ -111,3 +112,18 @@ def test_a_signal_stops_the_study_and_the_trainings_are_saved(tmp_path):
     assert "Stopped. The same command continues from here." in told
     assert list((run / "checkpoints").glob("*.pt"))
     assert '"reason": "stopped"' in (run / "metrics.jsonl").read_text()
+
+
+def test_imagenets_schedules_run_in_small(tmp_path):
+    """Every schedule and every batch of imagenet_schedules, on the data that a network labels."""
+    full = STUDIES["imagenet_schedules"]["smoke"]
+    names = ("decay_lr", "warm_up", "constant", *GROWN, "g1-b8192", "g1-b640583")
+    few = replace(full, arms=tuple(arm for arm in full.arms if arm.name in names))
+    sentence = run_study(few, tmp_path, data=None, jobs=2, launcher=[])
+    assert sentence.startswith("The claim is undecided.")  # one seed cannot decide
+    found = json.loads((tmp_path / "imagenet_schedules_smoke.json").read_text())
+    finals = {arm["name"]: arm["finals"][0] for arm in found["arms"]}
+    assert finals["decay_lr"] > finals["constant"] + 3
+    assert finals["g1-b8192"] > finals["g1-b640583"] + 10
+    page = (tmp_path / "imagenet_schedules_smoke.md").read_text()
+    assert "`hvd_lbt study imagenet_schedules --scale smoke`." in page
