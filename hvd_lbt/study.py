@@ -17,7 +17,7 @@ from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies import bayesian_evidence, published
-from hvd_lbt.studies.trainings import Stopped, run_study, shortened
+from hvd_lbt.studies.trainings import Stopped, redraw, run_study, shortened
 
 SCALES = ("laptop", "smoke", "cifar10", "gpu", "cluster")
 
@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         metavar="K",
         help="a dry run on the images of --data: about K updates of each training, one seed",
+    )
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="train nothing: figure, page and verdict from OUT/NAME.json alone",
     )
     parser.add_argument(
         "--launcher",
@@ -66,6 +71,9 @@ def main(args: argparse.Namespace) -> int:
         if args.data is None:
             raise UserError("--updates K: a dry run needs --data FOLDER, the images to train on.")
         study = shortened(study, args.updates, len(open_train_split(args.data)))
+    if args.redraw:
+        print(redraw(study, args.out))
+        return 0
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale in ("laptop", "smoke") else 1)
     # Every training saves and ends. A shell's background job ignores SIGINT from its start.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from hvd_lbt.report.colours import COLOURS, POLICIES, assign
@@ -16,53 +16,53 @@ Results = dict[str, Any]
 PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
-def draw_curves(
-    found: Results,
-    columns: Sequence[tuple[str, str]] = (
-        ("loss", "epochs"),
-        ("loss", "updates"),
-        ("accuracy", "epochs"),
-        ("accuracy", "updates"),
-    ),
-) -> Figure:
-    """One row per panel, one column per (quantity, x-axis); mean and range of the seeds."""
+BANDS = "Lines: mean of the seeds; bands: their range."
+
+
+def draw_curves(found: Results) -> Figure:
+    """For each panel the training loss and the test accuracy, against epochs and updates."""
     panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))
     with matplotlib.rc_context(FONTS):
-        figure = Figure(figsize=(3.9 * len(columns), 3.3 * len(panels) + 0.8), layout="constrained")
-        grid = figure.subplots(len(panels), len(columns), squeeze=False)
-        for row, panel in zip(grid, panels, strict=True):
+        figure = Figure(figsize=(9.5, 6 * len(panels) + 0.9), layout="constrained")
+        for part, panel in zip(_parts(figure, len(panels)), panels, strict=True):
             arms = [arm for arm in found["arms"] if arm["panel"] == panel]
-            for axes, (quantity, against) in zip(row, columns, strict=True):
-                for place, (arm, colour) in enumerate(zip(arms, _colours(arms), strict=True)):
-                    curve = arm[quantity]
-                    x = curve[against]
-                    width = max(1.3, 2.6 - 0.5 * place)
-                    axes.plot(x, curve["mean"], color=colour, linewidth=width, label=arm["label"])
-                    axes.plot(x[-1:], curve["mean"][-1:], "o", color=colour, clip_on=False)
-                    axes.fill_between(
-                        x, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0
-                    )
-                axes.set_xlim(left=0)
-                axes.set_xlabel(against)
-                axes.xaxis.set_major_formatter(PLAIN)
-                if quantity == "loss":
-                    axes.set_ylabel("train loss")
-                    axes.set_yscale("log")
-                    axes.yaxis.set_major_formatter(PLAIN)
-                    axes.yaxis.set_minor_formatter(NullFormatter())
-                else:
-                    axes.set_ylabel("test accuracy, %")
-                    axes.set_ylim(*_late_range(arms))
-                if against == "updates":
-                    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
             if panel:
-                row[0].set_title(panel, loc="left")
-        first = grid[0, 0]
+                part.suptitle(panel, x=0.02, ha="left", fontweight="bold")
+            for row, quantity in zip(part.subplots(2, 2), ("loss", "accuracy"), strict=True):
+                for axes, against in zip(row, ("epochs", "updates"), strict=True):
+                    _draw_curve(axes, arms, quantity, against)
+        first = figure.subfigs[0].axes[0]
         handles, labels = first.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
-        )
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        figure.supxlabel(BANDS, fontsize=11)
     return figure
+
+
+def _parts(figure: Figure, count: int) -> list[SubFigure]:
+    parts = figure.subfigures(count, 1, squeeze=False)
+    return [row[0] for row in parts]
+
+
+def _draw_curve(axes: Axes, arms: Sequence[Results], quantity: str, against: str) -> None:
+    for place, (arm, colour) in enumerate(zip(arms, _colours(arms), strict=True)):
+        curve = arm[quantity]
+        x = curve[against]
+        width = max(1.3, 2.6 - 0.5 * place)
+        axes.plot(x, curve["mean"], color=colour, linewidth=width, label=arm["label"])
+        axes.plot(x[-1:], curve["mean"][-1:], "o", color=colour, clip_on=False)
+        axes.fill_between(x, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(against)
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    if quantity == "loss":
+        axes.set_ylabel("train loss")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylabel("test accuracy, %")
+        axes.set_ylim(*_late_range(arms))
 
 
 def _colours(arms: Sequence[Results]) -> list[str]:

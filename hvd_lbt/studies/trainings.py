@@ -31,6 +31,7 @@ from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies.paired import Outcome
 
+MAX_BYTES = 64 * 2**20  # of a study's JSON
 Results = dict[str, Any]  # what a study measured, plain enough for JSON
 
 
@@ -193,10 +194,36 @@ def run_study(
     if len(missing) == len(tasks):
         found["seconds"]["this command"] = seconds
     (out / f"{study.stem}.json").write_text(compact_json(found), encoding="utf-8")
-    found = json.loads((out / f"{study.stem}.json").read_text(encoding="utf-8"))
+    sentence = redraw(study, out)
+    print(f"Wrote {out / study.stem}.md, .png and .json after {seconds:.0f} s.")
+    return sentence
+
+
+def redraw(study: Study, out: Path) -> str:
+    """Write OUT/STEM.{png,md} from OUT/STEM.json alone; the verdict's sentence.
+
+    Raises UserError if there is no such file, or if it is not of this study.
+    """
+    file = out / f"{study.stem}.json"
+    try:
+        found = json.loads(plain_yaml.read_text(file, str(file), MAX_BYTES))
+        names = [arm["name"] for arm in found["arms"]]
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no {file} to draw from. `hvd_lbt study {study.name}` makes it."
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} does not hold the numbers of a study ({type(error).__name__}: "
+            f"{str(error)[:80]}). `hvd_lbt study {study.name}` makes it anew."
+        ) from error
+    if names != [arm.name for arm in study.arms]:
+        raise UserError(
+            f"{file} holds the numbers of other trainings than {study.name} has today. "
+            f"`hvd_lbt study {study.name}` makes it anew."
+        )
     study.draw(found).savefig(out / f"{study.stem}.png", dpi=100)
     (out / f"{study.stem}.md").write_text(page(study, found), encoding="utf-8")
-    print(f"Wrote {out / study.stem}.md, .png and .json after {seconds:.0f} s.")
     verdict = study.judge(found)
     return f"The claim {verdict.outcome}. {verdict.sentence}"
 
@@ -387,7 +414,7 @@ def page(study: Study, found: Results) -> str:
         took += f", the command {seconds['this command']:,.0f} s"
     bases = " and ".join(f"`{name}`" for name in dict.fromkeys(a["recipe"] for a in found["arms"]))
     how = (
-        f"Seeds {', '.join(map(str, study.seeds))}; ± is the standard deviation over them (n − 1). "
+        f"Seeds {', '.join(map(str, found['arms'][0]['seeds']))}; ± is the standard deviation over them (n − 1). "
         f"Each line is {bases} with the overrides in `{study.stem}.json`. {took}."
     )
     return "\n".join(
