@@ -413,8 +413,9 @@ def page(study: Study, found: Results) -> str:
     if "this command" in seconds:
         took += f", the command {seconds['this command']:,.0f} s"
     bases = " and ".join(f"`{name}`" for name in dict.fromkeys(a["recipe"] for a in found["arms"]))
+    seeds = ", ".join(map(str, found["arms"][0]["seeds"]))
     how = (
-        f"Seeds {', '.join(map(str, found['arms'][0]['seeds']))}; ± is the standard deviation over them (n − 1). "
+        f"Seeds {seeds}; ± is the standard deviation over them (n − 1). "
         f"Each line is {bases} with the overrides in `{study.stem}.json`. {took}."
     )
     return "\n".join(
