@@ -121,6 +121,12 @@ class DataRecipe(_Section):
     """Micro-batches made ahead."""
     readers: Threads = 4
     """Threads on each worker that read files."""
+    shuffle_block: Annotated[int, Field(ge=2, le=10**9)] | None = None
+    """Shuffle blocks of so many samples that lie together, then the samples of shuffle_window
+    blocks in a row, so that reads are sequential; None: shuffle all samples.
+    """
+    shuffle_window: Count | None = None
+    """Blocks of shuffle_block samples that are shuffled together; None: 16."""
     cache_on_device: bool = False
     """Decode all images at the start and keep them on the device, without DALI: for small
     images.
@@ -138,6 +144,20 @@ class DataRecipe(_Section):
         if min(std) < 1e-6:
             raise ValueError("each of the three must be greater than 0, at least 1e-06")
         return std
+
+    @model_validator(mode="after")
+    def _window_of_blocks(self) -> "DataRecipe":
+        if self.shuffle_window is not None and self.shuffle_block is None:
+            raise ValueError(
+                f"data.shuffle_window: {self.shuffle_window} has no effect without "
+                "data.shuffle_block; set it too, or leave both out."
+            )
+        return self
+
+    @property
+    def blocks_in_window(self) -> int:
+        """Blocks that are shuffled together, where data.shuffle_block is set."""
+        return self.shuffle_window or 16
 
     @model_validator(mode="after")
     def _cached_as_they_are(self) -> "DataRecipe":

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import BatchSampler
@@ -128,7 +128,9 @@ class PlanSampler(BatchSampler):
     data: map-style, with the plan's number of samples. micro_batch: samples of one forward, at most
     (one more where a single sample would be left). ghost_batch: micro-batches are cut at multiples
     of it; that of the model's `GhostBatchNorm2d`, 1 without such. start_update: updates done, to
-    resume. world: of `hvd_lbt.init()` unless given. Raises UserError.
+    resume. world: of `hvd_lbt.init()` unless given. shuffle_block: shuffle blocks of so many
+    samples that lie together, then shuffle_window blocks in a row; None: all samples. Raises
+    UserError.
     """
 
     def __init__(
@@ -141,6 +143,8 @@ class PlanSampler(BatchSampler):
         seed: int = 0,
         start_update: int = 0,
         world: World | None = None,
+        shuffle_block: int | None = None,
+        shuffle_window: int = 16,
     ) -> None:
         if len(data) != plan.train_samples:
             raise UserError(
@@ -158,9 +162,15 @@ class PlanSampler(BatchSampler):
             ("ghost_batch", ghost_batch, ghost_batch >= 1),
             ("seed", seed, 0 <= seed < 2**63),
             ("start_update", start_update, 0 <= start_update <= plan.updates),
+            ("shuffle_block", shuffle_block, shuffle_block is None or shuffle_block >= 2),
+            ("shuffle_window", shuffle_window, shuffle_window >= 1),
         ):
             if not allowed:
-                wanted = {"seed": "0 to 2^63 − 1", "start_update": f"0 to {plan.updates}"}
+                wanted = {
+                    "seed": "0 to 2^63 − 1",
+                    "start_update": f"0 to {plan.updates}",
+                    "shuffle_block": "None or at least 2",
+                }
                 raise UserError(
                     f"PlanSampler: {name} is {value}; it must be {wanted.get(name, 'at least 1')}."
                 )
@@ -173,6 +183,14 @@ class PlanSampler(BatchSampler):
         super().__init__(range(len(data)), micro_batch, drop_last=False)
         self.plan, self.seed, self.start_update = plan, seed, start_update
         self.micro_batch, self.ghost_batch = micro_batch, ghost_batch
+        self._stream = partial(
+            SampleStream,
+            len(data),
+            seed,
+            shuffle_block=shuffle_block,
+            shuffle_window=shuffle_window,
+        )
+        self._stream()  # raises UserError where the blocks cannot be
         if world is None:
             from hvd_lbt import comm  # not needed, nor Horovod, where the world is given
 
@@ -180,7 +198,7 @@ class PlanSampler(BatchSampler):
         self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
-        stream = SampleStream(self.plan.train_samples, self.seed)
+        stream = self._stream()
         for first, count, _ in self._ranges():
             yield stream.indices(first, count).tolist()
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from hvd_lbt import terminal
 from hvd_lbt.arguments import count, positive
-from hvd_lbt.data.store import count_train_samples
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
@@ -46,7 +45,11 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.set)
     profile = None if args.speed is None else load_profile(args.speed)
     speed = args.images_per_second
-    samples = count_train_samples(args.data, recipe) if args.data else recipe.data.train_samples
+    samples = recipe.data.train_samples
+    if args.data:
+        from hvd_lbt.data.store import count_train_samples  # half of the time of a plan without it
+
+        samples = count_train_samples(args.data, recipe)
     if samples is None:
         raise UserError(
             f"data.train_samples: recipe {recipe.name} does not say how many training images there "

@@ -47,7 +47,7 @@ def train_batches(
     As the DALI pipeline's, without a limit to `micro_batch`. Raises SampleError naming an image
     that cannot be decoded or is not of data.image_size, UserError if all do not fit into memory.
     """
-    samples = TrainSamples(_of_files(store), seed)
+    samples = TrainSamples(_of_files(store), seed, data)
     for first, count, _ in ranges:
         indices, crops, mirror = samples.indices(first, count), None, None
         if data.augment == "pad_crop" or data.flip:

@@ -9,12 +9,14 @@ order of an epoch is a `Permutation` whose key are such words: no array of N num
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_lbt.data.permutation import Permutation, rounds_of
+from hvd_lbt.data.block_order import BlockOrder, Windows
+from hvd_lbt.data.permutation import ROUNDS_SMALL, Permutation, rounds_of
+from hvd_lbt.errors import UserError
 
 WORDS = 4  # 64-bit words that one value of Philox's counter gives
 # What the words are for; each has keys of its own: Philox's second key word is 2^48·(purpose // 2)
 # + 2·epoch + purpose % 2, and epochs stay below 2^47.
-ORDER, UNIFORMS, MIXING = 0, 1, 2
+ORDER, UNIFORMS, MIXING, BLOCKS, WINDOWS = 0, 1, 2, 3, 4
 
 
 # Which order this is. A checkpoint keeps it: a run can only be resumed in the order that it had.
@@ -42,6 +44,13 @@ def order_at(seed: int, epoch: int, positions: NDArray[np.integer], n: int) -> N
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The whole order of n samples in this epoch: a permutation of 0 … n − 1, int64 (n,)."""
     return order_at(seed, epoch, np.arange(n), n)
+
+
+def block_order(seed: int, epoch: int, windows: Windows) -> BlockOrder:
+    """The order of an epoch whose samples are shuffled in blocks (`data.shuffle_block`)."""
+    block_key = _philox(seed, epoch, BLOCKS, 0).random_raw(rounds_of(windows.blocks))
+    window_key = _philox(seed, epoch, WINDOWS, 0).random_raw(ROUNDS_SMALL)
+    return BlockOrder(windows=windows, block_key=block_key, window_key=window_key)
 
 
 def sample_uniforms(
@@ -83,21 +92,57 @@ def stream_ranges(first_sample: int, count: int, n: int) -> list[tuple[int, int,
 class SampleStream:
     """The samples' indices, epoch after epoch, each in its own order. No order is kept in memory.
 
-    n: samples of the training set, 1 … 2^62.
+    n: samples of the training set, 1 … 2^62. shuffle_block: shuffle blocks of so many samples that
+    lie together, then `shuffle_window` blocks in a row; None: all samples. Raises UserError for
+    windows that are as large as the training set.
     """
 
-    def __init__(self, n: int, seed: int):
+    def __init__(
+        self, n: int, seed: int, shuffle_block: int | None = None, shuffle_window: int = 1
+    ):
         self.n, self.seed = n, seed
-        self._epoch, self._order = -1, epoch_permutation(seed, 0, n)
+        self._windows: Windows | None = None
+        if shuffle_block is not None:
+            if shuffle_block * shuffle_window >= n:
+                raise UserError(
+                    f"data.shuffle_block: {shuffle_window:,} blocks (data.shuffle_window) of "
+                    f"{shuffle_block:,} samples are shuffled together, and the training set has "
+                    f"{n:,}: that is the whole shuffle. Leave both out, or make them smaller."
+                )
+            self._windows = Windows(n=n, block=shuffle_block, window=shuffle_window)
+        self._epoch, self._order = 0, self._order_of(0)
 
     def indices(self, first: int, count: int) -> NDArray[np.int64]:
         """The indices of the stream's samples [first, first + count): int64 (count,)."""
         pieces = []
         for epoch, position, length in stream_ranges(first, count, self.n):
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, epoch_permutation(self.seed, epoch, self.n)
+            self._to(epoch)
             pieces.append(self._order.at(np.arange(position, position + length)))
         return np.concatenate(pieces)
+
+    def windows(self, first: int, count: int) -> dict[tuple[int, int], list[range]]:
+        """The windows of these samples: (epoch, number) → the samples of its blocks, sorted.
+
+        Empty without blocks: then every sample is read on its own.
+        """
+        found: dict[tuple[int, int], list[range]] = {}
+        for epoch, position, length in stream_ranges(first, count, self.n):
+            self._to(epoch)
+            at, end = position, position + length
+            while isinstance(self._order, BlockOrder) and at < end:
+                number, blocks = self._order.window_of(at)
+                found[epoch, number] = blocks
+                at = self._order.window_end(number)
+        return found
+
+    def _to(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._order_of(epoch)
+
+    def _order_of(self, epoch: int) -> Permutation | BlockOrder:
+        if self._windows is None:
+            return epoch_permutation(self.seed, epoch, self.n)
+        return block_order(self.seed, epoch, self._windows)
 
 
 def _philox(seed: int, epoch: int, purpose: int, counter: int) -> np.random.Philox:

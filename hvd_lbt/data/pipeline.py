@@ -85,10 +85,15 @@ def train_batches(
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
     if isinstance(store, SyntheticStore):
+        if data.shuffle_block is not None:
+            raise UserError(
+                f"data.shuffle_block: {data.shuffle_block} has no effect with --data synthetic, "
+                "which reads nothing: leave it out."
+            )
         return _synthetic(
             store, data, ((first, count) for first, count, _ in ranges), micro_batch, device
         )
-    samples = TrainSamples(store, seed)
+    samples = TrainSamples(store, seed, data)
     graph = _Augmented(data)
     maker = _Maker(store, data, graph, micro_batch + 1, device, local_size, data.label_noise)
     return maker.batches(ranges, samples.indices, samples.uniforms, on_skipped)

@@ -8,6 +8,7 @@ from torch import Tensor
 from hvd_lbt.data.crops import DRAWS
 from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
 from hvd_lbt.data.pixels import Encoded
+from hvd_lbt.recipe import DataRecipe
 
 SKIPPED = -100  # the label of a sample that is not to count: cross_entropy gives it no loss
 
@@ -40,9 +41,10 @@ class Batch(NamedTuple):
 class TrainSamples:
     """The stream of training samples, epoch after epoch, each in its own order."""
 
-    def __init__(self, store: Images, seed: int):
+    def __init__(self, store: Images, seed: int, data: DataRecipe):
         self.store, self.seed = store, seed
-        self.indices = SampleStream(len(store), seed).indices
+        stream = SampleStream(len(store), seed, data.shuffle_block, data.blocks_in_window)
+        self.indices, self.windows = stream.indices, stream.windows
 
     def uniforms(self, first: int, count: int) -> np.ndarray:
         """Their random numbers: fp64 (count, DRAWS) in [0, 1)."""

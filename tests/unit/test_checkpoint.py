@@ -170,12 +170,12 @@ def test_export_gives_what_torchvisions_resnet50_loads(tmp_path, capsys):
 @pytest.mark.parametrize(("version", "named"), [(None, "version 1"), (1, "version 1"), (9, "9")])
 def test_a_run_in_another_order_of_samples_is_not_resumed(tmp_path, version, named):
     recipe = load_recipe("digits")
-    its = state(1.0) | {"recipe": recipe.to_dict(), "train_samples": 10}
+    its = {**state(1.0), "recipe": recipe.to_dict(), "train_samples": 10}
     saved = checkpoints(tmp_path / "checkpoints")
     saved.save(1, its | ({} if version is None else {"order_version": version}))
     saved.wait()
     with pytest.raises(UserError, match=rf"{named} of the samples' order.*model\.pretrained="):
         open_run(tmp_path, recipe, {"train": {"count": "10"}}, resume=True)
-    saved.save(2, its | {"order_version": ORDER_VERSION})
+    saved.save(2, its | {"update": 2, "order_version": ORDER_VERSION})
     saved.wait()
     assert open_run(tmp_path, recipe, {"train": {"count": "10"}}, resume=True)["update"] == 2

@@ -18,7 +18,7 @@ TOP = "hvd_lbt.__init__"
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
     {"errors", "world", "ops", "stop", "wire_scale"},
-    {"data.order", "data.permutation", "data.crops"},
+    {"data.order", "data.block_order", "data.permutation", "data.crops"},
     {"run_lock", "launcher", "append_file", "whole_file", "own"},
     {"schedule", "plain_yaml", "no_secrets"},
     {"speed_profile"},
@@ -63,6 +63,7 @@ PURE = {  # the standard library, and what is named
     "world": set(),
     "wire_scale": set(),
     "data.order": {"numpy"},
+    "data.block_order": {"numpy"},
     "data.permutation": {"numpy"},
     "data.crops": {"numpy"},
     "plain_yaml": {"yaml"},

@@ -79,7 +79,7 @@ def test_grey_and_cached_images_are_what_pil_says():
         image_size=8, augment="none", mean=(0, 0, 0), std=(1, 1, 1), cache_on_device=True
     )
     (batch,) = batches(own, data, [(0, 4, 4)], on_device)
-    order = pipeline.TrainSamples(own, 3).indices(0, 4)
+    order = pipeline.TrainSamples(own, 3, load_recipe("digits").data).indices(0, 4)
     for place, index in enumerate(order):
         expected = torch.from_numpy(grey[index][0].reshape(8, 8)).float()
         assert torch.equal(batch.images[place], expected.expand(3, 8, 8))

@@ -120,3 +120,22 @@ def test_a_loader_that_ends_early_is_an_error():
 def test_micro_batches_of_nothing_are_false():
     assert not MicroBatches([], [])
     assert len(MicroBatches([3, 2], [])) == 2
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_in_blocks_each_epoch_has_every_sample_once_and_updates_are_the_same(size):
+    blocks = {"shuffle_block": 5, "shuffle_window": 3}
+    ranks = [by_update(sampler(rank, size, **blocks)) for rank in range(size)]
+    found = [
+        i
+        for index in range(PLAN.updates)
+        for rank in ranks
+        for micro_batch in rank[index][1]
+        for i in micro_batch
+    ]
+    assert found == SampleStream(N, 0, 5, 3).indices(0, 3 * N).tolist()
+    for settings in ({"shuffle_block": 1}, {"shuffle_block": 5, "shuffle_window": 0}):
+        with pytest.raises(UserError, match="must be"):
+            sampler(**settings)
+    with pytest.raises(UserError, match="the whole shuffle"):
+        sampler(shuffle_block=50)
