@@ -14,6 +14,7 @@ from hvd_lbt import comm
 from hvd_lbt.auto_micro_batch import ghost_batches, starting_sizes
 from hvd_lbt.checkpoint import weights_checksum
 from hvd_lbt.data.batches import batches_of
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.errors import OutOfMemoryError, SampleError, UserError, one_line
@@ -180,7 +181,9 @@ class Brancher:
         # torch's optimizer takes the given tensors as its own, and would write into the state
         optimizer = deepcopy(self.origin.state["optimizer"])
         try:
-            self.training.load_state_dict({**self.origin.state, "optimizer": optimizer})
+            # of another version of the order the probe warns, and its branches have their own order
+            state = {**self.origin.state, "optimizer": optimizer, "order_version": ORDER_VERSION}
+            self.training.load_state_dict(state)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(
                 "The checkpoint does not hold the state of its recipe's training: "

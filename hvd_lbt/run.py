@@ -9,7 +9,6 @@ from hvd_lbt import comm
 from hvd_lbt.auto_micro_batch import Start, ghost_batches
 from hvd_lbt.checkpoint import Checkpoints
 from hvd_lbt.data.identity import Identity
-from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.data.samples import Batch, Images
 from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.elastic import worker as elastic
@@ -219,7 +218,6 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "train_samples": self.plan.train_samples,
             "data": self.splits,
-            "order_version": ORDER_VERSION,
             "classes": list(self.classes),
             "micro_batch": self.stream.sizes.to_dict(),
             "growing": self.growing.state_dict(),

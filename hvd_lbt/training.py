@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_lbt.data.mixing import Mixing
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.ema import WeightAverage
 from hvd_lbt.errors import OutOfMemoryError, UserError
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
@@ -294,10 +295,22 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs, on any number of ranks."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "order_version": ORDER_VERSION}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict()` gave; other keys of `state` are the caller's own."""
+        """Take over what `state_dict()` gave; other keys of `state` are the caller's own.
+
+        Raises UserError for a state whose samples came in the order of another version.
+        """
+        version = state.get("order_version", 1)
+        if version != ORDER_VERSION:
+            raise UserError(
+                f"Training: the state is of version {version} of the samples' order, and this "
+                f"hvd_lbt has version {ORDER_VERSION}: PlanSampler would give some samples of the "
+                "epoch twice and others never. Resume with the hvd_lbt that saved it, or begin "
+                "anew from its weights: training.model.load_state_dict(state['model'])."
+            )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

@@ -11,6 +11,7 @@ from thread_ranks import SEEDING, Ranks, reducer_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from hvd_lbt.errors import UserError
 from hvd_lbt.measure.gradient_noise import GradientNoise, noise_of_difference, noise_of_parts
 from hvd_lbt.models.ghost_norm import GhostBatchNorm2d
 from hvd_lbt.optim import FusedSGD
@@ -385,3 +386,11 @@ def test_the_page_has_the_tables_of_its_numbers():
         picture.moving_markdown(),
     ):
         assert "\n".join(table) in page
+
+
+@pytest.mark.parametrize("version", [None, 1, 99])
+def test_a_loop_of_ones_own_is_not_resumed_in_another_order_of_samples(version):
+    state = train(range(2))
+    del state["order_version"]
+    with pytest.raises(UserError, match=rf"version {version or 1} of the samples' order"):
+        train(range(2, 3), state | ({} if version is None else {"order_version": version}))
