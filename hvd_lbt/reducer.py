@@ -44,6 +44,8 @@ PLACES = (
     *("its data", "its forward pass", "a backward pass", "its last backward pass", "the sums"),
     "its momentum",
 )
+# What ranks freeze is compared by the bits of a hash: each is counted, and none or all have it.
+FROZEN_BITS = 16
 MEASURE_INTERVAL = 100  # updates from one look at what falls below it to the next
 
 
@@ -169,10 +171,16 @@ class GradientReducer:
         self._one = self._scalar(1.0)
         self._overflow = torch.zeros(1, device=self._device)
         self._codes = torch.tensor([1.0, 2.0], device=self._device)  # as pack_wire_ raises them
-        # Summed over the ranks: how many overflowed, how many have gone bad, `_measure`'s five, and
-        # by rank its largest gradient, which parameters it has frozen, where its memory ran out.
-        self._flags = torch.zeros(7 + 3 * world.size, device=self._device)
+        # Summed over the ranks, with what else an update has to sum (`room`): how many overflowed,
+        # how many have gone bad, `_measure`'s five, ranks by FROZEN_BITS of what they have frozen,
+        # and by PLACES where their memory ran out. Its length does not depend on the ranks, but
+        # where the largest gradient of each is asked for: then that follows, by rank.
+        self._flags: Tensor | None = None  # of the update under way, or the next
+        self._room = 0  # numbers of the caller's, before the reducer's own
+        # Of each rank its own number, summed where the counts say that ranks differ.
+        self._by_rank = torch.zeros(world.size, device=self._device)
         self._ran_out = 0  # of memory, in this update on this rank: the number of the place
+        self._frozen_now = 0  # what this rank has frozen in this update, as a hash; 0: nothing
         self._reason = ""  # of that, in one line
         self._flags_handle: Any = None
         self._backwards = 0  # of this update
@@ -263,6 +271,25 @@ class GradientReducer:
         self._reason = reason(error) if error is not None else ""
         for slot in self._slots:
             slot.gradient = slot.parameter.grad = None
+
+    def room(self, count: int) -> Tensor:
+        """(count,) fp32 zeros on the device, which travel with this update's own small sum.
+
+        Call it before the update's first backward, on all ranks, and fill it before the last; after
+        `optimizer.step()` it holds the sums over the ranks, and no later update touches it. So what
+        else a loop has to sum (losses, a flag to stop) costs no message of its own.
+        """
+        if self._sent or self._verdict or self._backwards:
+            raise UserError("room() was called after the update's first backward; call it before.")
+        return self._make_flags(count)[:count]
+
+    def _make_flags(self, room: int) -> Tensor:
+        """New flags for the next update; those of an update are its caller's afterwards."""
+        own = 7 + FROZEN_BITS + len(PLACES)
+        by_rank = self.world.size if self._wire_scale.recovers else 0
+        self._flags = torch.zeros(room + own + by_rank, device=self._device)
+        self._room = room
+        return self._flags
 
     @property
     def dropped(self) -> bool:
@@ -374,6 +401,7 @@ class GradientReducer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the scale and the counts of `state_dict()`, on every rank."""
+        self._flags = None  # their length depends on the scale
         self._overflows, self._skipped = state["overflows"], state["skipped"]
         self._bad_in_a_row, self._bad_parameter = state["bad_in_a_row"], state["bad_parameter"]
         if self.wire == "fp16":  # another form has no scale to continue with
@@ -509,25 +537,33 @@ class GradientReducer:
     @torch.no_grad()
     def _send_flags(self) -> None:
         """Begin the sum of what all ranks must know of each other before the optimizer moves."""
-        size, rank = self.world.size, self.world.rank
-        self._flags.zero_()
-        self._flags[:2] = self._overflow == self._codes
+        flags = self._make_flags(0) if self._flags is None else self._flags
+        own = flags[self._room :]
+        own[:2] = self._overflow == self._codes
+        recovers = len(own) > 7 + FROZEN_BITS + len(PLACES)
         try:
             if self.wire == "fp16" and (self._until_measured == 0 or self._wire_scale.trial):
-                self._flags[2:7] = self._measure()
-            if self._wire_scale.recovers:
-                self._flags[7 + rank] = _largest(slot.gradient for slot in self._slots)
+                own[2:7] = self._measure()
+            if recovers:
+                largest = _largest(slot.gradient for slot in self._slots)
+                own[self.world.rank - self.world.size] = largest
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.drop_update(PLACES[4], error)
-        self._flags[7 + 2 * size + rank] = self._ran_out
+        if self._ran_out:
+            own[7 + FROZEN_BITS + self._ran_out - 1] = 1.0
         for slot in self._slots:
             slot.frozen = not slot.parameter.requires_grad
+        self._frozen_now = 0
         frozen = "\n".join(slot.name for slot in self._slots if slot.frozen)
         if frozen:
-            self._flags[7 + size + rank] = float(hash_words(frozen, 1)[0] or 1)
-        self._flags_handle = self.allreduce_async(self._flags, f"{self.name}.flags")
+            self._frozen_now = hash_words(frozen, 1)[0] or 1
+            bits = [float(self._frozen_now >> bit & 1) for bit in range(FROZEN_BITS)]
+            own[7 : 7 + FROZEN_BITS] = torch.tensor(bits)
+        # another length has another name: the ranks agree on both, and Horovod keeps each's reply
+        name = f"{self.name}.flags.{len(flags)}"
+        self._flags_handle = self.allreduce_async(flags, name)
 
     def _measure(self) -> Tensor:
         """(5,): what fp16 keeps of this rank's gradients, at the scale and at the trial scale.
@@ -574,19 +610,22 @@ class GradientReducer:
             self.synchronize(bucket.handle)
             bucket.sent, bucket.handle = False, None
         self.synchronize(self._flags_handle)
-        overflowed, bad, *rest = self._flags.tolist()
-        measured, by_rank = rest[:5], rest[5:]
-        size = self.world.size
-        largest, frozen, places = by_rank[:size], by_rank[size : 2 * size], by_rank[2 * size :]
+        assert self._flags is not None
+        overflowed, bad, *rest = self._flags[self._room :].tolist()
+        self._flags = None
+        measured, frozen, rest = rest[:5], rest[5 : 5 + FROZEN_BITS], rest[5 + FROZEN_BITS :]
+        places, largest = rest[: len(PLACES)], rest[len(PLACES) :]
         self._overflow.zero_()
         self._sent = False
         self._backwards = 0
         self._applied = None
-        self._raise_out_of_memory(places)
-        if len(set(frozen)) > 1:
+        if any(places):
+            self._raise_out_of_memory(self._of_each_rank(self._ran_out, "memory"))
+        if any(count not in (0, self.world.size) for count in frozen):
+            its = self._of_each_rank(self._frozen_now, "frozen")
             raise UserError(
                 "the ranks have frozen different parameters (requires_grad): rank 0 and rank "
-                f"{next(r for r, f in enumerate(frozen) if f != frozen[0])} differ. Freeze the "
+                f"{next(r for r, f in enumerate(its) if f != its[0])} differ. Freeze the "
                 "same ones on all ranks."
             )
         self._sent_scale = self._scale
@@ -596,8 +635,15 @@ class GradientReducer:
             return self._send_again()
         self._bad_in_a_row = 0
         if self.wire == "fp16":
-            self._note_fitted(measured, max(largest))
+            self._note_fitted(measured, max(largest, default=0.0))
         return "wire"
+
+    def _of_each_rank(self, own: float, name: str) -> list[float]:
+        """By rank what each gives, where all ranks have seen that they differ."""
+        self._by_rank.zero_()
+        self._by_rank[self.world.rank] = own
+        self._sum(self._by_rank, f"{self.name}.{name}")
+        return self._by_rank.tolist()
 
     def _note_fitted(self, measured: list[float], largest: float) -> None:
         """Keep what was measured of an update that fitted, and choose the next one's scale."""

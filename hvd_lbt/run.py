@@ -71,13 +71,18 @@ class Run:
         for decision in self.growing.decisions if self.growing.replays else ():
             self.log.event("decision", **decision)
 
-    def update(self, update: Update, batches: MicroBatches[Batch]) -> None:
-        """Do one update, again in smaller micro-batches if memory runs out, and log it."""
+    def update(
+        self, update: Update, batches: MicroBatches[Batch], votes: Sequence[float]
+    ) -> list[float]:
+        """Do one update, again in smaller micro-batches if memory runs out, and log it.
+
+        Gives the sums of the ranks' votes.
+        """
         self.profile.before(update.index)
         data_wait, tally = 0.0, None
         while tally is None:
             try:
-                tally = self.training.update(update, batches)
+                tally = self.training.update(update, batches, votes)
             except BadUpdatesError as error:
                 raise BadUpdatesError(f"{error} {self.checkpoints.last_good()}") from error
             except OutOfMemoryError as error:
@@ -95,6 +100,7 @@ class Run:
         )
         if sizes := self.log.unknown_costs(update):  # once, after some updates
             self.log.learn_costs(comm.allgather_object(self.training.costs(sizes)))
+        return tally.votes.tolist()
 
     def _smaller(self, update: Update, error: OutOfMemoryError) -> MicroBatches[Batch]:
         """The update's samples once more, in smaller micro-batches; so are all later updates'."""

@@ -3,12 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the elastic driver needs the constants, and no torch
-    from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Slurm and srun may each hand on the one signal that was meant: later than this it is a second one.
@@ -19,22 +15,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, start again with --res
 class StopRequest:
     """Remembers a signal; a second one ends the process at once.
 
-    ask() and agreed() bracket an update: the flags of all ranks are summed while it runs, and with
-    them whether any rank wants a checkpoint now, as only one clock can tell when that is.
+    votes() and agreed() bracket an update: with it the flags of all ranks are summed
+    (`Training.update`), and whether any rank wants a checkpoint now, as only one clock can tell.
     """
 
-    def __init__(
-        self,
-        allreduce_async: "Callable[[Tensor, str], int]",
-        synchronize: "Callable[[int], Tensor]",
-    ):
-        import torch
-
-        self._allreduce_async, self._synchronize = allreduce_async, synchronize
+    def __init__(self) -> None:
         self._asked_at = float("inf")
-        self._asked = torch.zeros(2)  # stop · save
-        self._sum = torch.zeros(2)
-        self._handle = -1
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
@@ -54,16 +40,17 @@ class StopRequest:
         """Whether this process was asked to stop."""
         return self._asked_at < float("inf")
 
-    def ask(self, save: bool = False) -> None:
-        """Begin to sum the flags as they are now."""
-        self._asked[0] = float(self.requested())
-        self._asked[1] = float(save)
-        self._sum.copy_(self._asked)
-        self._handle = self._allreduce_async(self._sum, "stop")
+    def votes(self, save: bool = False) -> tuple[float, float]:
+        """The flags as they are now: stop, and save."""
+        return float(self.requested()), float(save)
 
-    def agreed(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and any wanted to save: the same on all ranks."""
-        stop, save = self._synchronize(self._handle).tolist()
+    @staticmethod
+    def agreed(sums: Sequence[float]) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and any wanted to save: the same on all ranks.
+
+        sums: over the ranks, of their `votes`.
+        """
+        stop, save = sums
         return stop > 0, save > 0
 
 

@@ -201,7 +201,7 @@ def train(
     decisions about the batch are taken instead of new ones.
     """
     # Set up, plan, and where an earlier run stopped.
-    stop = StopRequest(comm.allreduce_async_, comm.synchronize)
+    stop = StopRequest()
     train_store, test_store = open_data(data, recipe)
     splits = same_on_all_ranks({"train": train_store, "test": test_store}, comm.allgather_object)
     state = membership.state if membership else None
@@ -246,10 +246,9 @@ def train(
 
     # Train, and save at the end of a stage, when it is due, and where the accuracy is best.
     for update, batches in stream:
-        stop.ask(save=run.checkpoints.due())
-        run.update(update, batches)
+        votes = run.update(update, batches, stop.votes(save=run.checkpoints.due()))
         done = update.index + 1
-        asked_to_stop, due = stop.agreed()
+        asked_to_stop, due = stop.agreed(votes)
         stopped = asked_to_stop and done < run.plan.updates
         best = run.evaluate(update)
         run.grow(update)

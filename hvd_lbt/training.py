@@ -55,12 +55,14 @@ class Tally:
     sums: (3,) on the device: of losses, of right answers (NaN where the loss is your own), and of
     samples that count. skipped: whether the update was dropped for a gradient that is not finite.
     times: (ranks, 4) on the device: seconds of each rank's parts (`measure.rank_times.PARTS`) of
-    the update *before* this one; zeros where they are not known.
+    the update *before* this one; zeros where they are not known. votes: (votes,) on the device: the
+    sums of what each rank gave as `votes`.
     """
 
     sums: Tensor
     skipped: bool
     times: Tensor
+    votes: Tensor
 
     @property
     def loss(self) -> float:
@@ -145,10 +147,13 @@ class Training:
         optimizer.make_momenta()
         self._samples = samples_of(model)
 
-    def update(self, update: Update, batches: MicroBatches[Any]) -> Tally:
+    def update(
+        self, update: Update, batches: MicroBatches[Any], votes: Sequence[float] = ()
+    ) -> Tally:
         """Do one update: set lr and momentum, backpropagate all micro-batches, sum, step.
 
         batches: this rank's, from `PlanSampler.updates`. Every rank must call it for each update.
+        votes: numbers to sum over the ranks along the way (`Tally.votes`), as many on each.
         Raises UserError if they are not the update's, BadUpdatesError after too many skipped ones.
         If the memory of any rank runs out, all ranks drop the update and raise OutOfMemoryError:
         everything is as before the update, which may be done again in smaller micro-batches.
@@ -158,21 +163,24 @@ class Training:
         set_hyperparameters(self.optimizer, update, self.schedule)
         self._use_ghost_batch(update, batches)
         self._begin_noise(update, batches)
-        metrics = times.room_behind(3)
-        sums = metrics[:3]
+        # what every update sums besides gradients: one message, that of the reducer's flags
+        given = len(votes)
+        room = reducer.room(given + 3 + times.numbers(update.index))
+        room[:given] = torch.tensor(votes)
+        sums, rows = room[given : given + 3], room[given + 3 :]
         last = len(batches) - 1
         self._make_momenta()
         for index in range(len(batches)):
-            counted = None if reducer.dropped else self._micro_batch(update, batches, index == last)
-            if counted is None or reducer.dropped:
+            if not reducer.dropped:
+                self._micro_batch(update, batches, sums, rows if index == last else None)
+            if reducer.dropped:
                 break
-            sums += counted
         # a rank without samples, or without memory, only takes part in the sum
         if not batches or (reducer.dropped and not reducer.sent):
+            times.fill(rows)
             reducer.backward(None, last=True)
         times.end_compute(batches.waited)
-        times.fill(metrics)
-        handles = [reducer.allreduce_async(metrics, "metrics")]
+        handles = []
         if self.statistics.norms:
             handles.append(reducer.allreduce_async(self.statistics.collected, "batch norm"))
         handles += self.noise.send(reducer.allreduce_async)
@@ -199,7 +207,8 @@ class Training:
             self.statistics.fold(update.global_batch)
             if self.average:
                 self.average.update(update.global_batch)
-        return Tally(sums=sums, skipped=skipped, times=metrics[3:].view(-1, len(PARTS)))
+        by_rank = rows.view(-1, len(PARTS)) if len(rows) else times.unknown
+        return Tally(sums=sums, skipped=skipped, times=by_rank, votes=room[:given])
 
     def rehearse(self, ghost_batch: int, *batch: Any) -> None:
         """Forward and backward of one micro-batch, without a sum: to see what it takes.
@@ -238,11 +247,14 @@ class Training:
                 raise
             self.reducer.drop_update("its momentum", error)
 
-    def _micro_batch(self, update: Update, batches: MicroBatches[Any], last: bool) -> Tensor | None:
-        """Backpropagate the next micro-batch; what its forward counted.
+    def _micro_batch(
+        self, update: Update, batches: MicroBatches[Any], sums: Tensor, rows: Tensor | None
+    ) -> None:
+        """Backpropagate the next micro-batch, and add what its forward counted to `sums`.
 
-        If memory runs out, `reducer.dropped` says so: the other ranks will wait for this one's
-        sums, so that no error may leave the update before they are sent.
+        rows: of the ranks' times, to fill before the last backward, with which they leave; None
+        before that. If memory runs out, `reducer.dropped` says so: the other ranks will wait for
+        this one's sums, so that no error may leave the update before they are sent.
         """
         index = batches.taken
         place, size = PLACES[0], batches.sizes[index]
@@ -262,16 +274,18 @@ class Training:
             if self._samples:
                 self._samples.end()
             share = loss / update.global_batch
+            sums += counted
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.reducer.drop_update(place, error)
-            return None
-        self.reducer.backward(share, last=last)
+            return
+        if rows is not None:
+            self.times.fill(rows)
+        self.reducer.backward(share, last=rows is not None)
         self.times.end_part()
         if not self.reducer.dropped:
             self.noise.add_part(size)
-        return counted
 
     def costs(self, sizes: Sequence[int]) -> dict[int, float]:
         """Seconds of forward and backward of a micro-batch, by its size; changes nothing.

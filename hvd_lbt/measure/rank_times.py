@@ -1,8 +1,10 @@
 """Where each rank's time goes in an update: forward and backward, data, sums.
 
-A rank measures its own parts and adds them to the sum of the metrics that every update has anyway,
-one update later: the time at the sums is known only when they are over. So no further message is
-sent, and nothing waits for the device.
+A rank measures its own parts and adds them to the small sum that every update has anyway, one
+update later: the time at the sums is known only when they are over. So no further message is sent,
+and nothing waits for the device. The rows are 16 bytes a rank; so that the message does not grow
+with the ranks without end, more than ROWS ranks send them in every second update only, or every
+third, and so on.
 """
 
 import os
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from hvd_lbt.world import World
 
+ROWS = 256  # of ranks, that an update carries on average at most
 # Seconds of an update, in the order of a rank's row. compute: forward and backward of all its
 # micro-batches; data: it waited for images; sums: from the end of its last backward until the
 # ranks' sums were there; delayed: outside of the sums, it was ready to run and had no CPU core.
@@ -35,7 +38,9 @@ class RankTimes:
     """
 
     def __init__(self, device: torch.device, world: World):
-        self._rank, self._size, self._device = world.rank, world.size, device
+        self._rank, self._size = world.rank, world.size
+        self._every = -(-world.size // ROWS)
+        self.unknown = torch.zeros(world.size, len(PARTS), device=device)
         self._clock = _Events(device) if device.type == "cuda" else _Clock()
         self._schedule = _Schedule()
         self._delay = self._last_delay = 0.0
@@ -62,16 +67,16 @@ class RankTimes:
         """The sums are there. If it is called again in an update, the last call counts."""
         self._clock.end_sums()
 
-    def room_behind(self, count: int) -> Tensor:
-        """(count + 4·ranks,) zeros on the device: what an update counts, then a row a rank."""
-        return torch.zeros(count + len(PARTS) * self._size, device=self._device)
+    def numbers(self, update: int) -> int:
+        """How many numbers the rows of all ranks are in this update: 4·ranks, or 0."""
+        return 0 if update % self._every else len(PARTS) * self._size
 
-    def fill(self, metrics: Tensor) -> None:
-        """Write this rank's row, `PARTS` of the update before, where it has its room."""
-        row = self._clock.row()
+    def fill(self, rows: Tensor) -> None:
+        """Write this rank's row, `PARTS` of the update before, into (4·ranks,) zeros; or (0,)."""
+        row = self._clock.row() if len(rows) else None
         if row is not None:
-            place = len(metrics) - len(PARTS) * (self._size - self._rank)
-            metrics[place : place + len(PARTS)] = torch.tensor((*row, self._last_delay))
+            place = len(PARTS) * self._rank
+            rows[place : place + len(PARTS)] = torch.tensor((*row, self._last_delay))
 
     def end(self) -> None:
         """The update is over: the next one sends what was measured."""

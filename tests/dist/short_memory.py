@@ -26,14 +26,14 @@ def take(samples):
     torch.empty(samples * SAMPLE, dtype=torch.uint8)
 
 
-def limited_update(self, this, batches):
+def limited_update(self, this, batches, *votes):
     global present, left
     present, left = this.index, len(batches)
     if present == 1 and self.reducer.world.rank == min(1, self.reducer.world.size - 1):
         words = Path("/proc/self/statm").read_text().split()
         limit = int(words[0]) * resource.getpagesize() + ROOM * SAMPLE
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return update(self, this, batches)
+    return update(self, this, batches, *votes)
 
 
 def hungry_forward(self, images):

@@ -23,9 +23,9 @@ def extra(what):
             time.sleep(float(seconds))
 
 
-def noted_update(self, planned, batches):
+def noted_update(self, planned, batches, *votes):
     now.update(rank=self.reducer.world.rank, update=planned.index)
-    return update(self, planned, batches)
+    return update(self, planned, batches, *votes)
 
 
 def slow_backward(self, loss, *, last=True):

@@ -29,14 +29,20 @@ class Command:
         return os.system, (f"touch {self.flag}",)
 
 
-def saved(value) -> bytes:
+def saved(value, zipped: bool = True) -> bytes:
     stream = io.BytesIO()
-    torch.save(value, stream)
+    torch.save(value, stream, _use_new_zipfile_serialization=zipped)
     return stream.getvalue()
 
 
 @pytest.mark.parametrize(
-    "write", [partial(pickle.dumps, protocol=2), partial(cloudpickle.dumps, protocol=2), saved]
+    "write",
+    [
+        partial(pickle.dumps, protocol=2),
+        partial(cloudpickle.dumps, protocol=2),
+        saved,
+        partial(saved, zipped=False),
+    ],
 )
 def test_a_pickled_command_from_the_network_is_refused(tmp_path, write):
     sent = write({"update": 3, "state": Command(tmp_path / "flag")})
@@ -51,7 +57,8 @@ def test_bytes_that_are_no_value_are_an_error(sent):
         comm._unpacked(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
 
 
-def test_a_state_arrives_as_it_was():
+@pytest.mark.parametrize("small", [False, True])
+def test_a_state_arrives_as_it_was(small):
     value = {
         "update": 7,
         "model": OrderedDict(weight=torch.randn(3, 4), half=torch.ones(2, dtype=torch.float16)),
@@ -59,13 +66,17 @@ def test_a_state_arrives_as_it_was():
         "pair": ("", 2**40),
         1: -1.5,
     }
-    got = comm._unpacked(comm._packed(value))
+    got = comm._unpacked(comm._packed(value, small))
     assert got.keys() == value.keys()
     assert torch.equal(got["model"]["weight"], value["model"]["weight"])
     assert got["model"]["half"].dtype == torch.float16
     assert {key: got[key] for key in ("update", "recipe", "pair", 1)} == {
         key: value[key] for key in ("update", "recipe", "pair", 1)
     }
+
+
+def test_what_each_rank_sends_to_all_is_small():
+    assert comm._packed(("", 2**31), small=True).numel() < 300
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def member(tmp_path) -> worker.Membership:
 
 
 def stop_request() -> stop.StopRequest:
-    return stop.StopRequest(lambda tensor, name: 0, lambda handle: torch.zeros(2))
+    return stop.StopRequest()
 
 
 def test_a_drivers_stop_long_after_a_signal_is_no_second_signal(member, monkeypatch):
