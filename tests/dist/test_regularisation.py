@@ -5,6 +5,7 @@ one training.
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from trainings import EXACT, ROUNDING, difference, events, last_state, train
@@ -45,9 +46,10 @@ def test_they_are_the_same_on_other_ranks_micro_batches_and_after_a_resume(ranks
     assert last_state(one)["best_top1"] == result["ema_top1"]
 
     file = sorted((one / "checkpoints").glob("update-*.pt"))[-1]
-    again = json.loads(ranks(1, "-m", "hvd_lbt", "evaluate", file).splitlines()[-1])
+    smooth = Path(__file__).with_name("smooth.py")
+    again = json.loads(ranks(1, smooth, "evaluate", file).splitlines()[-1])
     for key in ("top1", "ema_top1"):
-        assert abs(again[key] - result[key]) < 0.02  # without softplus: another network
+        assert abs(again[key] - result[key]) < 0.005  # one or two of 360, where two scores are tied
     for which, wanted in ((None, averages[0]), ("model", last_state(one)["model"])):
         out = tmp_path / f"{which}.pth"
         assert export.main(Namespace(checkpoint=file, out=out, weights=which)) == 0
