@@ -514,6 +514,8 @@ def campaign(args: argparse.Namespace) -> dict[str, Any]:
             row |= {"load_before": load, "seconds": time.monotonic() - began}
             rows.append(row)
             print(f"{controller}, {ranks} ranks: {row}", file=sys.stderr, flush=True)
+            if args.out:  # a campaign that is ended goes on from here
+                args.out.write_text(json.dumps({"rows": rows}) + "\n")
     rows.sort(key=lambda row: (row["controller"], row["cycle_ms"], row["ranks"]))
     return five_digits(
         {
