@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_lbt.data.permutation import Permutation, rounds_of
+from hvd_lbt.data.random_words import random_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class BlockOrder:
         start = self._unpadded(window * per_window)
         last = its.blocks * its.block  # of the padded positions
         length = self._unpadded(np.minimum((window + 1) * per_window, last)) - start
-        inside, tweak = places - start, _mixed(window)
+        inside, tweak = places - start, random_words(window)
         shuffled = np.empty_like(inside)
         for size in map(int, np.unique(length)):  # whole windows, the short block's, the last one
             here = length == size
@@ -99,15 +100,3 @@ class BlockOrder:
         """The positions of these padded starts of blocks."""
         end = self._short_slot * self.windows.block
         return starts - self.windows.missing * (starts > end)
-
-
-def _mixed(numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A random-looking word for each number: the output function of SplitMix64.
-
-    G. L. Steele, D. Lea, C. H. Flood, "Fast splittable pseudorandom number generators", OOPSLA
-    2014, figure 17 (variant 13 of D. Stafford's mixers).
-    """
-    words = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -7,6 +7,8 @@ every epoch, on every rank, and for every run.seed (pure but for NumPy).
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_lbt.data.random_words import random_words
+
 KEY = 0x6C6162656C730001  # another has other random labels
 
 
@@ -20,15 +22,7 @@ def noisy_labels(
     """
     if not share:
         return labels
-    whether, which = (_hash(2 * indices.astype(np.uint64) + np.uint64(word)) for word in (0, 1))
+    whether, which = (random_words(2 * indices + word, KEY) for word in (0, 1))
     drawn = (which % np.uint64(classes)).astype(np.int64)
     uniform = (whether >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return np.where((uniform < share) & (labels >= 0), drawn, labels)
-
-
-def _hash(counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Random words at these counters: SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."""
-    words = (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(KEY)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -18,7 +18,8 @@ TOP = "hvd_lbt.__init__"
 # Lower layers know nothing of higher ones; within a layer modules may know each other.
 LAYERS = [
     {"errors", "world", "ops", "stop", "wire_scale"},
-    {"data.order", "data.block_order", "data.permutation", "data.crops"},
+    {"data.random_words"},
+    {"data.order", "data.block_order", "data.permutation", "data.crops", "data.label_noise"},
     {"run_lock", "launcher", "append_file", "whole_file", "own"},
     {"schedule", "plain_yaml", "no_secrets"},
     {"speed_profile"},
@@ -65,6 +66,8 @@ PURE = {  # the standard library, and what is named
     "data.order": {"numpy"},
     "data.block_order": {"numpy"},
     "data.permutation": {"numpy"},
+    "data.random_words": {"numpy"},
+    "data.label_noise": {"numpy"},
     "data.crops": {"numpy"},
     "plain_yaml": {"yaml"},
     "recipe": {"pydantic", "yaml"},

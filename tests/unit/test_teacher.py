@@ -18,6 +18,7 @@ from hvd_lbt.recipe import load_recipe
 
 # A checkpoint of a study must find them again: they never change.
 LITERAL_PIXELS = [[140, 254, 77], [204, 12, 76], [41, 94, 179], [31, 42, 196]]
+LITERAL_NOISY = [2, 5, 9, 11, 12]  # of all samples with label 0, those with another
 LITERAL_LABELS = [2, 2, 3, 9, 6, 6, 7, 7, 1, 2, 3, 5, 9, 5, 9, 0, 5, 7, 5, 3]
 
 
@@ -85,6 +86,7 @@ def test_noisy_labels_depend_on_the_sample_alone():
     found = noisy_labels(np.zeros(100_000, np.int64), many, 10, 0.3)
     # of 30 % drawn from ten classes, a tenth stays right: 27 % ± 4 standard errors
     assert abs((found != 0).mean() - 0.27) < 4 * np.sqrt(0.27 * 0.73 / 100_000)
+    assert np.flatnonzero(found)[:5].tolist() == LITERAL_NOISY
     counts = np.bincount(found, minlength=10)[1:]
     assert ((counts - 3000) ** 2 / 3000).sum() < 27  # chi-square of 9, 99.9 %
     assert np.array_equal(noisy_labels(found, many, 10, 0.0), found)
