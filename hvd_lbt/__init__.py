@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Growth,
         Layout,
         Milestone,
+        MomentumRamp,
         Plan,
         Polynomial,
         ScaledStart,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     __version__ = version("hvd_lbt")
 
 _SCHEDULE = (
-    *("Cosine", "Growth", "Layout", "Milestone", "Plan", "Polynomial", "ScaledStart", "Schedule"),
-    *("Stage", "Update", "WarmUp", "make_layout", "make_plan"),
+    *("Cosine", "Growth", "Layout", "Milestone", "MomentumRamp", "Plan", "Polynomial"),
+    *("ScaledStart", "Schedule", "Stage", "Update", "WarmUp", "make_layout", "make_plan"),
 )
 _HOME = {
     **dict.fromkeys(_SCHEDULE, "schedule"),
@@ -80,6 +81,7 @@ __all__ = [
     "MicroBatches",
     "Milestone",
     "Mixing",
+    "MomentumRamp",
     "OutOfMemoryError",
     "Plan",
     "PlanSampler",

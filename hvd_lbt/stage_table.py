@@ -25,7 +25,8 @@ from hvd_lbt.schedule.plan_warnings import plan_warnings, sampling_note
 def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
     """The text of each column by its heading; stage: the fields of a `Stage`.
 
-    Runs of older versions have no last_lr and last_noise_scale: there both are constant.
+    Runs of older versions have no last_lr, last_momentum and last_noise_scale: there all are
+    constant.
     """
     ends = (stage["first_sample"], stage["first_sample"] + stage["samples"])
     return {
@@ -33,7 +34,7 @@ def stage_cells(stage: Mapping[str, Any], train_samples: int) -> dict[str, str]:
         "epochs": "–".join(f"{round(end / train_samples, 2):g}" for end in ends),
         "global batch": f"{stage['global_batch']:,}",
         "lr": _from_to(stage, "lr"),
-        "momentum": f"{stage['momentum']:g}",
+        "momentum": _from_to(stage, "momentum"),
         "g ≈ εN/B(1−m)": _from_to(stage, "noise_scale"),
         "g exact": f"{stage['exact_noise_scale']:,.4g}",
         "samples": f"{stage['samples']:,}",

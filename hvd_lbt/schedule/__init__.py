@@ -20,6 +20,7 @@ from hvd_lbt.schedule.plan_time import Cluster, StageTime, stage_times
 from hvd_lbt.schedule.settings import (
     Cosine,
     Milestone,
+    MomentumRamp,
     Polynomial,
     ScaledStart,
     Schedule,
@@ -41,6 +42,7 @@ __all__ = [
     "Layout",
     "Link",
     "Milestone",
+    "MomentumRamp",
     "Plan",
     "Polynomial",
     "ScaledStart",

@@ -89,16 +89,26 @@ def branch_updates(plan: Plan, span: Span, batch: int, kept: Kept) -> list[Updat
     """The updates of one branch, as if the stage of the plan's next update did not end.
 
     With the plan's own batch they are the plan's updates for as long as the stage lasts. Beyond it
-    the lr stays what it was at the stage's last update.
+    the lr stays what it was at the stage's last update. Where the momentum is on its way
+    (momentum_ramp) it stays what it is at the checkpoint.
     """
     stage = _stage_after(plan, span.first_update)
     factor = batch / stage.global_batch if kept == "noise" else 1.0
     last = stage.first_sample + (stage.updates - 1) * stage.global_batch
+    momentum = plan.momentum_in(stage, span.first_sample)
+    in_ramp = stage.momentum != stage.last_momentum
+    begin = plan.buffer_after(span.first_update)
     updates = []
     for place in range(span.samples // batch):
         seen = span.first_sample + place * batch
         index = span.first_update + place
-        lr = plan.lr_in(stage, min(seen, last)) * factor
+        at = min(seen, last)
+        lr = plan.lr_in(stage, at) * ((1 - momentum) / (1 - plan.momentum_in(stage, at))) * factor
+        buffer = (
+            begin.after(momentum, momentum, place + 1)
+            if in_ramp
+            else plan.buffer_in(stage, index - stage.first_update + 1)
+        )
         updates.append(
             Update(
                 index=index,
@@ -107,9 +117,9 @@ def branch_updates(plan: Plan, span: Span, batch: int, kept: Kept) -> list[Updat
                 samples_seen=seen,
                 global_batch=batch,
                 lr=lr,
-                momentum=stage.momentum,
-                noise_scale=noise_scale(lr, stage.momentum, plan.train_samples, batch),
-                settled=plan.settled_in(stage, index),
+                momentum=momentum,
+                noise_scale=noise_scale(lr, momentum, plan.train_samples, batch),
+                settled=buffer.settled,
                 ghost_batch=stage.ghost_batch,
                 image_size=stage.image_size,
             )

@@ -7,6 +7,7 @@ from math import acos, cos, pi, prod
 from typing import Literal
 
 from hvd_lbt.schedule.growth import Growth
+from hvd_lbt.schedule.momentum import Ramp
 from hvd_lbt.schedule.settings import Schedule
 
 Shape = Literal["constant", "warm_up", "cosine", "polynomial"]
@@ -17,7 +18,8 @@ class Phase:
     """What the optimizer is given from `epoch` on, until the next phase.
 
     lr: what `shape` scales, see `lr_share`; ghost_batch: None is the layout's; image_size: None is
-    that of the data.
+    that of the data. in_ramp: whether the momentum is on its way (schedule.momentum_ramp); ramp:
+    the line it follows from update to update, and the lr is that of `momentum`, its end.
     """
 
     epoch: float
@@ -27,14 +29,29 @@ class Phase:
     shape: Shape = "constant"
     ghost_batch: int | None = None
     image_size: int | None = None
+    in_ramp: bool = False
+    ramp: Ramp | None = None
+
+    def momentum_at(self, epoch: float) -> float:
+        """Of an update that begins at `epoch`."""
+        return self.momentum if self.ramp is None else self.ramp.at(epoch)
+
+    def lr_at(self, epoch: float, schedule: Schedule) -> float:
+        """The lr of an update that begins at `epoch`: g is that of the phase's lr and momentum."""
+        share = lr_share(schedule, self.shape, epoch)
+        return self.lr * share * ((1 - self.momentum_at(epoch)) / (1 - self.momentum))
 
 
 def phases(schedule: Schedule) -> tuple[Phase, ...]:
     """One phase for the warm-up, one for what follows it, one for each fall of the noise scale.
 
-    A milestone with an image_size begins a phase of its own within what it falls into.
+    A milestone with an image_size begins a phase of its own within what it falls into, and so does
+    each step of a momentum_ramp, and its end.
     """
-    return tuple(_with_image_sizes(_without_image_sizes(schedule), schedule))
+    spans = _without_image_sizes(schedule)
+    if schedule.momentum_ramp is not None:
+        spans = tuple(_with_ramps(spans, schedule))
+    return tuple(_with_image_sizes(spans, schedule))
 
 
 def _without_image_sizes(schedule: Schedule) -> tuple[Phase, ...]:
@@ -58,6 +75,44 @@ def _without_image_sizes(schedule: Schedule) -> tuple[Phase, ...]:
         shape=first.shape,
     )
     return (rise, rest, *later)
+
+
+def _with_ramps(spans: tuple[Phase, ...], schedule: Schedule) -> Iterator[Phase]:
+    """The phases, cut where a momentum on its way takes another step, and at its end.
+
+    While it is m instead of m_new, B·(1−m_new)/(1−m) samples have the phase's noise scale at the
+    phase's lr ε (compensate: batch; the lr makes up for the rounding of the batch), or B samples at
+    ε·(1−m)/(1−m_new) (compensate: lr).
+    """
+    assert schedule.momentum_ramp is not None
+    settings = schedule.momentum_ramp
+    ramps = [
+        Ramp(begin=epoch, end=epoch + settings.epochs, first=before, last=after)
+        for epoch, before, after in schedule.momentum_changes
+    ]
+    # The momentum on its way from an epoch on; 0: there is none.
+    steps = {0.0: 0.0}
+    for ramp in ramps:
+        steps |= dict(
+            ramp.steps() if settings.compensate == "batch" else [(ramp.begin, ramp.first)]
+        )
+        steps[ramp.end] = 0.0
+    by_epoch = {span.epoch: span for span in spans}
+    span, step = spans[0], 0.0
+    for epoch in sorted(by_epoch.keys() | steps.keys()):
+        span, step = by_epoch.get(epoch, span), steps.get(epoch, step)
+        if not step:
+            yield replace(span, epoch=epoch)
+        elif settings.compensate == "lr":
+            on = next(ramp for ramp in ramps if ramp.begin <= epoch < ramp.end)
+            yield replace(span, epoch=epoch, in_ramp=True, ramp=on)
+        else:
+            wanted = (1 - span.momentum) / (1 - step)
+            global_batch = schedule.rounded(span.global_batch * wanted)
+            lr = span.lr * (global_batch / span.global_batch) / wanted
+            yield replace(
+                span, epoch=epoch, global_batch=global_batch, lr=lr, momentum=step, in_ramp=True
+            )
 
 
 def _with_image_sizes(spans: tuple[Phase, ...], schedule: Schedule) -> Iterator[Phase]:

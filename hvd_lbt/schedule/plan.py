@@ -6,12 +6,13 @@ The one place where epochs become samples and samples become updates.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
 from typing import overload
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.schedule.growth import Growth
 from hvd_lbt.schedule.layout import Layout, make_layout
+from hvd_lbt.schedule.momentum import Buffer
 from hvd_lbt.schedule.noise import exact_noise_scale, noise_scale
 from hvd_lbt.schedule.phases import Phase, Shape, grown, lr_share, phases
 from hvd_lbt.schedule.settings import Schedule
@@ -22,13 +23,15 @@ MAX_UPDATES = 100_000_000  # 300 epochs of 21 million images with a batch of 64
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A span with one global batch and momentum; the lr is constant or follows a shape.
+    """A span with one global batch; the lr is constant or follows a shape, and so does the momentum
+    in a ramp that the lr compensates (1/(1−m) is linear in samples).
 
     first_sample: samples seen before it; samples: seen in it. Updates are of `global_batch`
     samples, except the last of the run, which takes what is left (or one sample more, so that none
-    is a single sample), with the lr in proportion. lr and the noise scales are those of its first
-    update, last_lr and last_noise_scale of its last. ghost_batch: None is the layout's; image_size:
-    None is that of the data.
+    is a single sample), with the lr in proportion. lr, momentum and the noise scales are those of
+    its first update, last_lr, last_momentum and last_noise_scale of its last. ghost_batch: None is
+    the layout's; image_size: None is that of the data; in_ramp: the momentum is on its way
+    (schedule.momentum_ramp).
     """
 
     index: int
@@ -43,11 +46,13 @@ class Stage:
     exact_noise_scale: float
     last_lr: float
     last_noise_scale: float
+    last_momentum: float
     shape: Shape
     ghost_batch: int | None
     image_size: int | None = None
     phase: int = 0
     """Place in `phases.phases`: stages of one phase differ only in what was decided."""
+    in_ramp: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,9 @@ class Update:
     """One optimizer step, counted from 0.
 
     epoch, samples_seen: before this update; global_batch: the samples of this very update. settled:
-    the share of its steady state that a momentum buffer, zero at first, reaches with this update
-    where gradients do not change: 1 − m^(index+1), with momenta that change 1 − the product of all
-    updates' momenta. ghost_batch: None is the layout's; image_size: None is that of the data.
+    how long this update of SGD with momentum is where gradients do not change, as a share of
+    lr/(1−m): (1−m)·v with the momentum buffer v, zero at first; 1 − m^(index+1) for a constant m.
+    ghost_batch: None is the layout's; image_size: None is that of the data.
     """
 
     index: int
@@ -110,6 +115,7 @@ class Plan:
         global_batch = stage.samples - before if is_last else stage.global_batch
         # The lr of a smaller last update is smaller too, so that it is not noisier than planned.
         lr = self.lr_in(stage, seen) * (global_batch / stage.global_batch)
+        momentum = self.momentum_in(stage, seen)
         return Update(
             index=update,
             stage=stage.index,
@@ -117,9 +123,9 @@ class Plan:
             samples_seen=seen,
             global_batch=global_batch,
             lr=lr,
-            momentum=stage.momentum,
-            noise_scale=noise_scale(lr, stage.momentum, self.train_samples, global_batch),
-            settled=self.settled_in(stage, update),
+            momentum=momentum,
+            noise_scale=noise_scale(lr, momentum, self.train_samples, global_batch),
+            settled=self.buffer_after(update + 1).settled,
             ghost_batch=stage.ghost_batch,
             image_size=stage.image_size,
         )
@@ -128,12 +134,41 @@ class Plan:
         """Of an update of the stage's batch that begins there."""
         epoch, first = (n / self.train_samples for n in (samples_seen, stage.first_sample))
         shares = [lr_share(self.schedule, stage.shape, at) for at in (epoch, first)]
-        return stage.lr * (shares[0] / shares[1])
+        rise = (1 - self.momentum_in(stage, samples_seen)) / (1 - stage.momentum)
+        return stage.lr * (shares[0] / shares[1]) * rise
 
-    def settled_in(self, stage: Stage, update: int) -> float:
-        """`Update.settled` of an update of this stage, which may be longer than planned."""
-        unsettled = prod(other.momentum**other.updates for other in self.stages[: stage.index])
-        return 1 - unsettled * stage.momentum ** (update - stage.first_update + 1)
+    def momentum_in(self, stage: Stage, samples_seen: int) -> float:
+        """Of an update of the stage that begins there; beyond the stage's last, that of the
+        last.
+        """
+        if stage.momentum == stage.last_momentum:
+            return stage.momentum
+        passed = (samples_seen - stage.first_sample) / ((stage.updates - 1) * stage.global_batch)
+        low, high = 1 / (1 - stage.momentum), 1 / (1 - stage.last_momentum)
+        return 1 - 1 / (low + (high - low) * min(1.0, passed))
+
+    def buffer_after(self, updates: int) -> Buffer:
+        """The momentum buffer after so many updates of the run, with a gradient of 1."""
+        place = bisect_right(self.stages, updates - 1, key=lambda stage: stage.first_update) - 1
+        if place < 0:
+            return Buffer()
+        return self.buffer_in(self.stages[place], updates - self.stages[place].first_update)
+
+    def buffer_in(self, stage: Stage, updates: int) -> Buffer:
+        """The same after so many updates of this stage, which may be longer than planned."""
+        last = self.momentum_in(stage, stage.first_sample + (updates - 1) * stage.global_batch)
+        rescale = self.schedule.momentum_change == "rescale"
+        return self._buffers[stage.index].after(stage.momentum, last, updates, rescale=rescale)
+
+    @cached_property
+    def _buffers(self) -> tuple[Buffer, ...]:
+        """The momentum buffer before each stage."""
+        buffers = [Buffer()]
+        for stage in self.stages[:-1]:
+            ends = (stage.momentum, stage.last_momentum, stage.updates)
+            rescale = self.schedule.momentum_change == "rescale"
+            buffers.append(buffers[-1].after(*ends, rescale=rescale))
+        return tuple(buffers)
 
 
 class PlannedUpdates(Sequence[Update]):
@@ -245,11 +280,11 @@ def _stage(
 ) -> Stage:
     first_update, updates, first_sample, samples = extent
     last_sample = first_sample + (updates - 1) * span.global_batch
-    first_lr, last_lr = (
-        span.lr * lr_share(schedule, span.shape, seen / train_samples)
-        for seen in (first_sample, last_sample)
+    first, last = (
+        (span.lr_at(epoch, schedule), span.momentum_at(epoch))
+        for epoch in (first_sample / train_samples, last_sample / train_samples)
     )
-    others = (span.momentum, train_samples, span.global_batch)
+    of = (train_samples, span.global_batch)
     return Stage(
         index=index,
         first_update=first_update,
@@ -257,16 +292,18 @@ def _stage(
         first_sample=first_sample,
         samples=samples,
         global_batch=span.global_batch,
-        lr=first_lr,
-        momentum=span.momentum,
-        noise_scale=noise_scale(first_lr, *others),
-        exact_noise_scale=exact_noise_scale(first_lr, *others),
-        last_lr=last_lr,
-        last_noise_scale=noise_scale(last_lr, *others),
+        lr=first[0],
+        momentum=first[1],
+        noise_scale=noise_scale(*first, *of),
+        exact_noise_scale=exact_noise_scale(*first, *of),
+        last_lr=last[0],
+        last_noise_scale=noise_scale(*last, *of),
+        last_momentum=last[1],
         shape=span.shape,
         ghost_batch=span.ghost_batch,
         image_size=span.image_size,
         phase=phase,
+        in_ramp=span.in_ramp,
     )
 
 

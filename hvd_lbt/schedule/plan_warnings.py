@@ -33,7 +33,12 @@ def plan_warnings(stages: Sequence[Mapping[str, Any]], train_samples: int) -> li
             "the papers stay below about N/10 (Smith et al. 2018). "
             f"schedule.max_global_batch: {max(1, int(bound))} keeps to it."
         )
-    short = [stage for stage in stages if stage["updates"] < settling_updates(stage["momentum"])]
+    # A ramp's stages begin with a buffer that is nearly full.
+    short = [
+        stage
+        for stage in stages
+        if stage["updates"] < settling_updates(stage["momentum"]) and not stage.get("in_ramp")
+    ]
     if short:
         settling = sorted({settling_updates(stage["momentum"]) for stage in short})
         warnings.append(

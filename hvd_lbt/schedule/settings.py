@@ -164,6 +164,22 @@ class ScaledStart(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MomentumRamp(_Checked):
+    """The momentum rises over some epochs instead of at once, and g stays as planned.
+
+    It rises from schedule.momentum to schedule.scaled_start.momentum from the start on, and to the
+    momentum of a milestone from that milestone on, linearly in 1/(1−m), the updates over which a
+    momentum averages: so the buffer is nearly full all the time (`hvd_lbt.schedule.momentum`).
+    """
+
+    epochs: Positive
+    """From the momentum before to the new one."""
+    compensate: Literal["batch", "lr"] = "batch"
+    """What keeps g = εN/(B(1−m)) meanwhile. batch: B rises with 1/(1−m), in steps of √2 in both;
+    lr: the lr falls with 1−m in each update, from ε·(1−m_old)/(1−m_new), at the new batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule(_Checked):
     """When the noise scale falls, and whether the learning rate or the batch changes for it."""
 
@@ -195,10 +211,12 @@ class Schedule(_Checked):
     momentum_change: Literal["keep", "rescale"] = "keep"
     """rescale: the momentum buffer is multiplied by (1−m_old)/(1−m_new) when m changes."""
     momentum_start: Literal["zero", "corrected"] = "zero"
-    """corrected: the first updates are as long as if the buffer, which is zero, had settled.
+    """corrected: all updates are as long as if the buffer, which is zero at first, had settled.
 
     In our study it lost accuracy: SGD without momentum must bear an lr of lr/(1−m)
     (docs/studies)."""
+    momentum_ramp: MomentumRamp | None = None
+    """Instead of a momentum that is large, or rises, at once."""
 
     @property
     def first_lr(self) -> float:
@@ -216,8 +234,20 @@ class Schedule(_Checked):
         return self.momentum if start is None or start.momentum is None else start.momentum
 
     @property
+    def momentum_changes(self) -> tuple[tuple[float, float, float], ...]:
+        """(epoch, momentum before, after) of scaled_start (epoch 0) and of the milestones."""
+        changes = [(0.0, self.momentum, self.first_momentum)]
+        for one in self.falling_milestones:
+            before = changes[-1][2]
+            changes.append((one.epoch, before, before if one.momentum is None else one.momentum))
+        return tuple(change for change in changes if change[1] != change[2])
+
+    @property
     def first_global_batch(self) -> int:
-        """The global batch the run starts with: g is that of lr, momentum and global_batch."""
+        """The global batch the run starts with: g is that of lr, momentum and global_batch.
+
+        With a momentum_ramp it is the batch after the first ramp.
+        """
         return self.rounded(self.wanted_global_batch)
 
     @property
@@ -268,6 +298,7 @@ class Schedule(_Checked):
         yield from self._warm_up_conflicts()
         yield from self._curve_conflicts()
         yield from self._momentum_conflicts()
+        yield from self._ramp_conflicts()
         yield from self._hybrid_conflicts()
         yield from self._measured_conflicts()
 
@@ -377,11 +408,40 @@ class Schedule(_Checked):
                 "out."
             )
         changes = any(milestone.momentum is not None for milestone in self.milestones)
+        changes |= self.momentum_ramp is not None
         if self.momentum_change == "rescale" and not changes:
             yield (
                 ".momentum_change: 'rescale' has no effect where momentum never changes; leave it "
                 "out, or give a milestone a momentum."
             )
+
+    def _ramp_conflicts(self) -> Iterator[str]:
+        if self.momentum_ramp is None:
+            return
+        changes = self.momentum_changes
+        if not changes:
+            yield (
+                ".momentum_ramp: it has no effect where the momentum never changes; leave it out, "
+                "or set schedule.scaled_start.momentum or the momentum of a milestone."
+            )
+        if self.policy == "measured":
+            yield (
+                ".momentum_ramp: with policy measured the batch follows the gradient's noise, and "
+                "a ramp plans it; leave one of the two out."
+            )
+        ends = [epoch for epoch, _, _ in changes[1:]] + [self.epochs]
+        for (epoch, before, after), end in zip(changes, ends, strict=True):
+            if not 0 < before < after:
+                yield (
+                    f".momentum_ramp: at epoch {epoch:g} the momentum changes from {before:g} to "
+                    f"{after:g}; with a ramp it must rise, from more than 0."
+                )
+            if epoch + self.momentum_ramp.epochs >= end:
+                yield (
+                    f".momentum_ramp.epochs: {self.momentum_ramp.epochs:g} must be fewer than "
+                    f"{end - epoch:g}, from the change at epoch {epoch:g} to "
+                    + ("the end." if end == self.epochs else f"the next, at epoch {end:g}.")
+                )
 
     def _measured_conflicts(self) -> Iterator[str]:
         if self.policy != "measured":

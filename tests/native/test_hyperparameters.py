@@ -55,3 +55,21 @@ def test_without_treatment_a_raised_momentum_shortens_the_updates():
     # the buffer had reached (1 − 0.9^4) of 10, and is to be 50
     first = 0.02 * (0.98 * 10 * (1 - 0.9**4) + 1)
     assert lengths(CHANGE)[4] == pytest.approx(first, abs=ROUNDING)
+
+
+RISE = ("schedule.scaled_start={momentum: 0.98}", "schedule.epochs=2", STILL)
+
+
+@pytest.mark.parametrize("compensate", ["batch", "lr"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_in_a_ramp_each_update_is_as_long_as_the_plan_says(compensate, nesterov):
+    ramp = f"schedule.momentum_ramp={{epochs: 1, compensate: {compensate}}}"
+    plan = make_plan(load_recipe("digits", [*RISE, ramp]).schedule, 1437)
+    settled = [plan.at(index).settled for index in range(8)]
+    momenta = [plan.at(index).momentum for index in range(8)]
+    wanted = [1 - m * (1 - s) if nesterov else s for m, s in zip(momenta, settled, strict=True)]
+    found = lengths(*RISE, ramp, nesterov=nesterov)
+    assert found == pytest.approx(wanted, abs=5 * ROUNDING)
+    # corrected, each is as long as lr/(1−m) says, though the momentum changes in each
+    found = lengths(*RISE, ramp, "schedule.momentum_start=corrected", nesterov=nesterov)
+    assert found == pytest.approx([1.0] * 8, abs=20 * ROUNDING)

@@ -371,7 +371,11 @@ def test_how_far_the_momentum_buffer_has_settled():
     falls = [{"epoch": 1, "factor": 2, "momentum": 0.95}]
     plan = make_plan(schedule(milestones=falls), 30)
     assert [plan.at(index).settled for index in (0, 1, 2)] == pytest.approx([0.1, 0.19, 0.271])
-    # three updates of 0.9 (epoch 1 is 30 samples), then 0.95
+    # three updates of 0.9 (epoch 1 is 30 samples), then 0.95: the buffer is 2.71 gradients
+    assert plan.at(3).settled == pytest.approx(0.05 * (2.71 * 0.95 + 1))
+    assert plan.at(4).settled == pytest.approx(0.05 * ((2.71 * 0.95 + 1) * 0.95 + 1))
+    # rescaled where m changes, what is missing shrinks by m with each update
+    plan = make_plan(schedule(milestones=falls, momentum_change="rescale"), 30)
     assert plan.at(3).settled == pytest.approx(1 - 0.9**3 * 0.95)
     assert plan.at(4).settled == pytest.approx(1 - 0.9**3 * 0.95**2)
 
