@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from hvd_lbt.studies import imagenet_schedules
+from hvd_lbt.studies import imagenet_schedules, momentum_settling
 from hvd_lbt.studies.paired import Difference, all_of, held_if, paired
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
@@ -141,43 +141,6 @@ def judge_fewer_updates(found: Results) -> Verdict:
         sentence=f"Updates (test accuracy): {listed}. Against the first in points: "
         f"{', '.join(map(str, differences))}; {_needed(differences)}. (Held: fewer updates each "
         f"time, and, {INTERVALS} only the last may lose more than {SAME:g} point.)",
-    )
-
-
-# ----------------------------------------------------------------------------- momentum settling
-
-
-def judge_momentum_settling(found: Results) -> Verdict:
-    """A raised momentum costs accuracy, and a treatment wins back at least half of the cost."""
-    parts, held = [], True
-    for panel in dict.fromkeys(arm["panel"] for arm in found["arms"]):
-        reference, start, corrected, changed, rescaled = (
-            arm for arm in found["arms"] if arm["panel"] == panel
-        )
-        said = []
-        for what, untreated, treated, treatment in (
-            ("from the start", start, corrected, "the corrected start"),
-            ("at the first milestone", changed, rescaled, "rescaling the buffer"),
-        ):
-            cost, won = difference(reference, untreated), difference(treated, untreated)
-            lost, back = _beyond_error(cost), _beyond_error(won)
-            held &= lost and back and won[0] >= cost[0] / 2
-            gain = f"changes that by {format_difference(won)} points"
-            if lost and back:
-                gain = f"wins back {format_difference(won)}, {won[0] / cost[0]:.0%} of it"
-            elif _beyond_error((-won[0], won[1])):
-                gain = f"loses more: {format_difference(won)}"
-            said.append(
-                f"raised {what} it costs {format_difference(cost)} "
-                f"points{'' if lost else ' (not more than its error allows)'}, {treatment} {gain}"
-            )
-        where = f"With {panel}: " if panel else ""
-        parts.append(f"{where}{mean(reference):.2f} % with momentum 0.9; {'; '.join(said)}")
-    return Verdict(
-        outcome=held_if(held),
-        sentence=f"{'. '.join(parts)}. (Held: the raised momentum costs "
-        "more than two standard errors, and the treatment wins back half of it or more, in all "
-        "cases.)",
     )
 
 
@@ -346,45 +309,6 @@ def _shipped(*arms: tuple[str, str, str], overrides: tuple[str, ...] = ()) -> tu
     return tuple(
         Arm(name=name, label=label, recipe=name, paper=paper, overrides=overrides)
         for name, label, paper in arms
-    )
-
-
-def _momentum_settling(
-    recipe: str,
-    data: Digits | None,
-    momentum: float,
-    falls: Sequence[tuple[float, float]],
-    lrs: Sequence[float],
-) -> tuple[Arm, ...]:
-    raised = f"schedule.scaled_start.momentum={momentum}"
-    (epoch, factor), *later = falls
-    listed = [f"{{epoch: {epoch}, factor: {factor}, momentum: {momentum}}}"]
-    listed += [f"{{epoch: {epoch}, factor: {factor}}}" for epoch, factor in later]
-    changed = f"schedule.milestones=[{', '.join(listed)}]"
-    settings = {
-        "reference": ("m 0.9", ()),
-        "start_zero": (f"m {momentum}", (raised,)),
-        "start_corrected": (
-            f"m {momentum}, corrected start",
-            (raised, "schedule.momentum_start=corrected"),
-        ),
-        "change_keep": (f"m 0.9, then {momentum}", (changed,)),
-        "change_rescale": (
-            f"m 0.9, then {momentum}, buffer rescaled",
-            (changed, "schedule.momentum_change=rescale"),
-        ),
-    }
-    return tuple(
-        Arm(
-            name=name if lr == lrs[0] else f"{name}_lr{lr:g}",
-            label=label,
-            panel=f"lr {lr:g}",
-            recipe=recipe,
-            data=data,
-            overrides=("schedule.policy=grow_batch", f"schedule.lr={lr:g}", *overrides),
-        )
-        for lr in lrs
-        for name, (label, overrides) in settings.items()
     )
 
 
@@ -576,27 +500,7 @@ ALL = (
         draw=draw_curves,
         judge=judge_fewer_updates,
     ),
-    *_both_scales(
-        "momentum_settling",
-        "How long a momentum takes to settle",
-        "Smith et al. 2018, section 4: a larger m with a batch of equal noise loses some accuracy "
-        "(94.5 % to 93.3 %), since the buffer, zero at first, takes B/(N(1−m)) epochs to settle, "
-        "which suppresses the updates until then. The treatments are ours.",
-        LAPTOP.format(
-            images=SPLIT,
-            ghost=16,
-            theirs="",
-            more="m rises from 0.9 to 0.98, at the start or at epoch 9 of 30, and the batch from "
-            "16 to 80 for it: settling takes 3.3 epochs. The lower lr was added when the first "
-            "results were in, to see whether the treatments fail because lr/(1−m) = 10 is more "
-            "than SGD without momentum bears.",
-        ),
-        (
-            _momentum_settling("digits_4px", DIGITS, 0.98, ((9, 4), (18, 4), (24, 4)), (0.2, 0.05)),
-            _momentum_settling(CIFAR10, None, 0.98, ((60, 5), (120, 5), (160, 5)), (0.1,)),
-        ),
-        judge_momentum_settling,
-    ),
+    *momentum_settling.STUDIES,
     *_both_scales(
         "warmup_or_not",
         "Linear scaling with and without warm-up, and a batch that grows",
