@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from hvd_lbt.studies import imagenet_schedules, momentum_settling
+from hvd_lbt.studies import equal_noise, imagenet_schedules, momentum_settling
 from hvd_lbt.studies.paired import Difference, all_of, held_if, paired
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
@@ -501,6 +501,7 @@ ALL = (
         judge=judge_fewer_updates,
     ),
     *momentum_settling.STUDIES,
+    *equal_noise.STUDIES,
     *_both_scales(
         "warmup_or_not",
         "Linear scaling with and without warm-up, and a batch that grows",
