@@ -16,9 +16,9 @@ from hvd_lbt.studies.trainings import Arm, Results, Study, Teacher, Verdict
 
 NAME = "equal_noise"
 SAMPLES, EPOCHS = 20_000, 8
-REFERENCE = 128
-BATCHES = (128, 512, 1024, 2048, 4096)  # 0.64 % to 20 % of N
-RATES = (0.25, 1.0, 4.0)  # ε/(1−m) at the first batch: three g, each four times the one before
+REFERENCE = 250
+BATCHES = (250, 500, 1000, 2000, 4000)  # 1.25 % to 20 % of N
+RATES = (0.5, 2.0, 8.0)  # ε/(1−m) at the first batch: three g, each four times the one before
 MOMENTA = (0.0, 0.9)
 MARGIN = 1.0  # percentage points within which two accuracies count as the same
 TENTH = 0.1  # of N: where the papers stay below
@@ -215,9 +215,9 @@ STUDIES = (
         setting="Here: 20,000 images with labels of a fixed random network (`--data teacher`; 20 % "
         "of the training labels are random), a perceptron of 64 units without weight decay, 8 "
         "epochs, noise ÷4 at epochs 4 and 6 by the lr. Three g, each four times the one before; "
-        "at each, B from 128 (0.64 % of N) to 4,096 (20 %), with m 0 and 0.9, and "
+        "at each, B from 250 (1.25 % of N) to 4,000 (20 %), with m 0 and 0.9, and "
         "ε = g·B·(1−m)/N. Above: training loss over epochs at the middle g, with the range of "
-        "the seeds; dashed: the batch of 128 without momentum, which every run is compared with. "
+        "the seeds; dashed: the batch of 250 without momentum, which every run is compared with. "
         "Below: the difference in final test accuracy; green circles: the same, orange crosses: "
         "not, grey diamonds: undecided. Nothing was tuned; the middle g is about that of the best "
         "accuracy in trial runs of `momentum_settling` in plain PyTorch.",
