@@ -114,6 +114,8 @@ def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int
             "layout.micro_batch: auto is chosen when the run starts, between one ghost batch and "
             "all samples that a worker has of an update: the fastest that leaves 8 % of memory."
         )
+    if ramp := [stage for stage in plan.stages if stage.in_ramp]:
+        notes.append(_ramp_note(plan, ramp))
     ghosts = [stage.ghost_batch or recipe.layout.ghost_batch for stage in plan.stages]
     if len(set(ghosts)) > 1:
         notes.append(f"The ghost batches are of {', '.join(map(str, ghosts))} samples, by stage.")
@@ -123,6 +125,20 @@ def _notes(recipe: Recipe, plan: Plan, workers: int, micro_batches: Sequence[int
     if missing > 0:
         notes.append(f"Warning: {missing} stages are shorter than one update and left out.")
     return notes
+
+
+def _ramp_note(plan: Plan, ramp: Sequence[Stage]) -> str:
+    """Where the momentum is on its way, and how full its buffer is there."""
+    ends = {
+        end for stage in ramp for end in (stage.first_update, stage.first_update + stage.updates)
+    }
+    least = min(plan.at(min(end, plan.updates - 1)).settled for end in ends - {0})
+    numbers = ", ".join(str(stage.index + 1) for stage in ramp)
+    return (
+        f"In stage {numbers} the momentum is on its way (schedule.momentum_ramp), with the noise "
+        "scale of the schedule. After the run's first updates none there is shorter than "
+        f"{least:.2f} times what lr/(1−m) says, as far as the momentum buffer goes."
+    )
 
 
 def _widest_note(recipe: Recipe, train_samples: int) -> str:

@@ -144,11 +144,6 @@ def judge_fewer_updates(found: Results) -> Verdict:
     )
 
 
-def _beyond_error(values: tuple[float, float]) -> bool:
-    """Whether a difference exceeds zero by two standard errors (with one seed: at all)."""
-    return values[0] > (0.0 if math.isnan(values[1]) else 2 * values[1])
-
-
 # -------------------------------------------------------------------------------- warm-up or not
 
 

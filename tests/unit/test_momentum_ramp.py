@@ -174,6 +174,9 @@ def test_the_table_shows_the_rise_and_does_not_call_its_steps_too_short():
     assert "12–3.025" in text
     assert "0.9–0.9748" in text
     assert "takes to settle" not in text
+    # the buffer of a rise by b an update is 1/(1+b) full: 30 in 117 updates
+    assert "In stage 1 the momentum is on its way (schedule.momentum_ramp)" in text
+    assert f"shorter than {1 / (1 + 30 / 117):.2f} times" in text.replace("\n", " ")
 
 
 def test_a_branch_within_a_ramp_keeps_the_momentum_of_its_first_update():
