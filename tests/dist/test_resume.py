@@ -17,10 +17,12 @@ from launching import run_ranks
 
 from hvd_lbt import checkpoint
 
-# 23 updates of 32 to epoch 0.5, then 6 of up to 128; epoch 1 begins in the middle of stage 2.
+# 22 updates of 32 to epoch 0.5, then 4 of up to 256, of which the momentum rises in the first two;
+# epoch 1 begins in the middle of the last stage.
 SETTINGS = (
     *("model.width=4", "schedule.epochs=1.2", "schedule.lr=0.02", "schedule.momentum=0.9"),
     "schedule.milestones=[{epoch: 0.5, factor: 4, momentum: 0.95}]",
+    "schedule.momentum_ramp={epochs: 0.5, compensate: lr}",
     *("schedule.momentum_change=rescale", "run.keep_checkpoints=99"),
     "run.checkpoint_minutes=0.00001",  # after every update
 )
