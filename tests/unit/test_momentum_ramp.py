@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.recipe import load_recipe
+from hvd_lbt.recipe import SHIPPED, load_recipe
 from hvd_lbt.schedule import (
     Cosine,
     Milestone,
@@ -163,6 +163,24 @@ def test_the_published_recipe_with_a_ramp_by_the_batch():
         (1056, 32768, 0.975),
     ]
     assert {round(s.noise_scale, 6) for s in plan.stages[:5]} == {round(3.0 * 1_281_167 / 819.2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "updates"),
+    [
+        ("imagenet_inception_m0975", 3, "2,488"),
+        ("imagenet_inception_m095", 3, "3,673"),
+        ("imagenet_resnet50_m095", 3, "3,673"),
+        ("cifar10_grow_batch_lr_momentum", 10, "2,520"),
+    ],
+)
+def test_the_recipes_name_the_updates_of_their_ramp(name, epochs, updates):
+    ramp = f"schedule.momentum_ramp={{epochs: {epochs}}}"
+    recipe = load_recipe(name, [ramp])
+    assert f"{make_plan(recipe.schedule, recipe.data.train_samples).updates:,}" == updates
+    text = (SHIPPED / f"{name}.yaml").read_text()
+    assert f"--set '{ramp}'" in text
+    assert f"{updates} updates" in text
 
 
 def test_the_table_shows_the_rise_and_does_not_call_its_steps_too_short():

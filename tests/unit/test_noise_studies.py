@@ -83,7 +83,7 @@ def test_the_verdict_on_the_cost_and_on_the_treatments(changes, outcome):
     assert verdict.outcome is outcome
     if not changes:
         assert "costs +3.98" in verdict.sentence
-        assert "m rises, batch with it +2." in verdict.sentence
+        assert "ramp by the batch +2." in verdict.sentence
         assert "corrected start -33." in verdict.sentence
         half = "(half of the momentum's cost or more)"
         assert verdict.sentence.count(half) == 1
