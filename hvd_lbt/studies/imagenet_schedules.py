@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from hvd_lbt.report.colours import COLOURS
 from hvd_lbt.report.pictures import FONTS
 from hvd_lbt.studies.paired import Outcome, all_of, held_if, paired
-from hvd_lbt.studies.pictures import PLAIN
+from hvd_lbt.studies.pictures import BANDS, PLAIN
 from hvd_lbt.studies.trainings import Arm, Results, Study, Teacher, Verdict
 
 MARGIN = 0.5  # percentage points that a schedule with fewer updates may lose
@@ -207,6 +207,7 @@ def draw(found: Results) -> Figure:
         _sweep_panel(grid["e"], found)
         handles, labels = grid["a"].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        figure.supxlabel(BANDS, fontsize=11)
     return figure
 
 
