@@ -222,7 +222,7 @@ STUDIES = (
         "not, grey diamonds: undecided. Nothing was tuned; the middle g is about that of the best "
         "accuracy in trial runs of `momentum_settling` in plain PyTorch.",
         arms=arms(),
-        seeds=tuple(range(6)),
+        seeds=tuple(range(5)),
         draw=draw,
         judge=judge,
     ),
