@@ -22,6 +22,7 @@ RATES = (0.25, 1.0, 4.0)  # ε/(1−m) at the first batch: three g, each four ti
 MOMENTA = (0.0, 0.9)
 MARGIN = 1.0  # percentage points within which two accuracies count as the same
 TENTH = 0.1  # of N: where the papers stay below
+SMALL = RATES[-1]  # ε/(1−m): the largest at which the first batch trains too
 
 
 def rate(lr: float, batch: int) -> float:
@@ -77,19 +78,24 @@ def against(found: Results, lr: float, batch: int, momentum: float) -> Differenc
 
 
 def judge(found: Results) -> Verdict:
-    """All runs of one g agree as long as B ≤ N/10; and beyond, some do not."""
+    """All runs of one g agree as long as B ≤ N/10 and ε/(1−m) is small."""
     cells = [(lr, batch, m) for lr in RATES for m in MOMENTA for batch in BATCHES]
     cells = [cell for cell in cells if cell[1:] != (REFERENCE, 0.0)]
-    small = [cell for cell in cells if cell[1] <= TENTH * SAMPLES]
+    small = [
+        (lr, batch, m)
+        for lr, batch, m in cells
+        if batch <= TENTH * SAMPLES and rate(lr, batch) <= SMALL
+    ]
     outcomes = {cell: against(found, *cell).within(MARGIN) for cell in cells}
     parts = []
     for lr in RATES:
         for momentum in MOMENTA:
             own = [(lr, batch, momentum) for batch in BATCHES if (lr, batch, momentum) in outcomes]
-            same = [cell[1] for cell in own if outcomes[cell] is Outcome.HELD]
+            parted = [cell for cell in own if outcomes[cell] is not Outcome.HELD]
+            same = own[: own.index(parted[0])] if parted else own
             other = [cell for cell in own if outcomes[cell] is Outcome.NO]
             part = f"g {noise(lr):.4g}, m {momentum:g}: the same up to "
-            part += f"B {max(same):,}" if same else f"none of {len(own)} batches"
+            part += f"B {same[-1][1]:,}" if same else f"none of {len(own)} batches"
             if other:
                 cell = min(other, key=lambda one: one[1])
                 part += (
@@ -100,11 +106,13 @@ def judge(found: Results) -> Verdict:
     return Verdict(
         outcome=all_of(outcomes[cell] for cell in small),
         sentence=f"Final test accuracy against the batch of {REFERENCE} without momentum at the "
-        f"same g: {'; '.join(parts)}. Of the {len(small)} runs with B ≤ N/10, "
+        f"same g: {'; '.join(parts)}. Of the {len(small)} runs with B ≤ N/10 and "
+        f"ε/(1−m) ≤ {SMALL:g}, "
         f"{sum(outcomes[cell] is Outcome.HELD for cell in small)} are the same, "
         f"{sum(outcomes[cell] is Outcome.NO for cell in small)} are not, the others are undecided; "
         f"{_limit(found)} (95 % intervals, paired by seed. The same: the whole interval within "
-        f"± {MARGIN:g} point; not: wholly outside. Held: all with B ≤ N/10 are the same.)",
+        f"± {MARGIN:g} point; not: wholly outside. Held: all with B ≤ N/10 and ε/(1−m) ≤ "
+        f"{SMALL:g}, the largest of the first batch, are the same.)",
     )
 
 

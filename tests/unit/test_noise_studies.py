@@ -106,7 +106,9 @@ def test_equal_noise_has_one_g_in_each_panel():
         # the same accuracy everywhere also holds
         (lambda lr, batch: False, Outcome.HELD, "all are the same up to B/N 0.2"),
         # from which ε/(1−m) on
-        (lambda lr, batch: lr * batch / 250 > 8, Outcome.NO, "and up to ε/(1−m) 8"),
+        (lambda lr, batch: lr * batch / 250 > 8, Outcome.HELD, "and up to ε/(1−m) 8"),
+        (lambda lr, batch: lr * batch / 250 > 2, Outcome.NO, "and up to ε/(1−m) 2"),
+        (lambda lr, batch: batch > 1000, Outcome.NO, "all are the same up to B/N 0.05"),
     ],
 )
 def test_where_the_map_ends(ends, outcome, said):
