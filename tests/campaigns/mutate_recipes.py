@@ -90,6 +90,7 @@ KEYS = [
     *keys_of(load_recipe("digits").to_dict()),
     *(f"schedule.scaled_start.{key}" for key in ("lr", "momentum")),
     *(f"schedule.warm_up.{key}" for key in ("epochs", "first_lr")),
+    *(f"schedule.momentum_ramp.{key}" for key in ("epochs", "compensate")),
     "schedule.cosine.batch_factor",
 ]
 
