@@ -16,15 +16,17 @@ from hvd_lbt.arguments import count
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.stop import EXIT_STOPPED
-from hvd_lbt.studies import bayesian_evidence, published
+from hvd_lbt.studies import bayesian_evidence, noise_formula, published
 from hvd_lbt.studies.trainings import Stopped, redraw, run_study, shortened
 
 SCALES = ("laptop", "smoke", "cifar10", "gpu", "cluster")
 
+MEASURED = {one.NAME: one.study for one in (bayesian_evidence, noise_formula)}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt study`."""
-    names = [*published.STUDIES, bayesian_evidence.NAME]
+    names = [*published.STUDIES, *MEASURED]
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="[runs/studies]")
@@ -53,16 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run one study; writes OUT/NAME.{md,png,json} and prints the sentence that sums it up."""
-    if args.name == bayesian_evidence.NAME:
-        if args.scale != "laptop":
-            raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
-        try:
-            print(bayesian_evidence.study(args.out))
-        except OSError as error:
-            raise UserError(
-                f"--out {args.out}: the study cannot be written there ({error.strerror})."
-            ) from error
-        return 0
+    if args.name in MEASURED:
+        return _measure(args)
     scales = published.STUDIES[args.name]
     if args.scale not in scales:
         raise UserError(f"--scale {args.scale}: {args.name} has {', '.join(scales)}.")
@@ -90,6 +84,30 @@ def main(args: argparse.Namespace) -> int:
         )
     except Stopped:
         print("Stopped. The same command continues from here.")
+        return EXIT_STOPPED
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """A study that is no set of trainings of `hvd_lbt train`: it has no data and no jobs."""
+    if args.scale != "laptop":
+        raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
+    for name in ("data", "jobs", "updates", "launcher"):
+        if value := getattr(args, name):
+            raise UserError(
+                f"--{name} {value} has no effect on {args.name}, which trains nothing with "
+                "`hvd_lbt train`; leave it out."
+            )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        print(MEASURED[args.name](args.out, redraw=args.redraw))
+    except OSError as error:
+        raise UserError(
+            f"--out {args.out}: the study cannot be written there ({error.strerror})."
+        ) from error
+    except KeyboardInterrupt:
+        print("Stopped. The same command continues from the last part that was finished.")
         return EXIT_STOPPED
     return 0
 

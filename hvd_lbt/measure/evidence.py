@@ -121,7 +121,12 @@ def find_evidence(losses: Cost, start: Tensor, precision: float) -> Evidence:
     cost = regularised(losses, precision)
     # The losses of a convex model leave C λ-strongly convex: C(w) − C(w₀) ≤ |∇C|² / (2λ).
     weights = minimise(cost, start, math.sqrt(2 * precision * COST_ERROR))
-    eigenvalues = torch.linalg.eigvalsh(exact_hessian(cost)(weights))
+    # The Hessian changes to first order in what is left, so one Newton step more.
+    slope, hessian = grad(cost), exact_hessian(cost)
+    closer = weights - torch.linalg.solve(hessian(weights), slope(weights))
+    if slope(closer).norm() < slope(weights).norm():
+        weights = closer
+    eigenvalues = torch.linalg.eigvalsh(hessian(weights))
     return Evidence(
         cost=float(cost(weights)),
         occam=_occam(eigenvalues, torch.full_like(eigenvalues, 0.5), precision),

@@ -54,7 +54,7 @@ def sampling_note(
 ) -> str | None:
     """Where the plan's g overstates the noise, as every sample comes once an epoch; None: nowhere.
 
-    Stages whose momentum averages over more than a tenth of an epoch, 1/(1−m) updates of B samples.
+    Stages (no ramps) whose momentum averages over more than a tenth of an epoch, 1/(1−m) updates.
     The curvature below which less than half of the noise is left (`half_noise_curvature`) is that
     of the stage with the longest memory, at its first lr.
     """
@@ -62,7 +62,7 @@ def sampling_note(
     def memory(stage: Mapping[str, Any]) -> float:
         return float(stage["global_batch"] / (train_samples * (1 - stage["momentum"])))
 
-    long = [stage for stage in stages if memory(stage) > LONG_MEMORY]
+    long = [one for one in stages if memory(one) > LONG_MEMORY and not one.get("in_ramp")]
     if not long:
         return None
     longest = max(long, key=lambda stage: (memory(stage), stage["index"]))
