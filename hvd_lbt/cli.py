@@ -43,6 +43,8 @@ COMMANDS = {
     "bench checkpoint": ("hvd_lbt.bench.checkpoint", "what a checkpoint costs an update"),
     "bench input": ("hvd_lbt.bench.input", "images a second against DALI's reader and DataLoader"),
     "bench order": ("hvd_lbt.bench.order", "an epoch's order without an array against a sort"),
+    "bench index": ("hvd_lbt.bench.index", "the index of many samples: time, memory of a node"),
+    "bench reads": ("hvd_lbt.bench.reads", "cold reads in sequence, in blocks and at random"),
     "bench train": ("hvd_lbt.bench.train", "the whole loop against a bare PyTorch loop"),
     "bench profile": ("hvd_lbt.bench.profile", "how fast this cluster is, for `plan --speed`"),
     "doctor": ("hvd_lbt.doctor", "check the installation and print the fix for what fails"),

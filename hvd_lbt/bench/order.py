@@ -2,8 +2,9 @@
 
 `by position` is what trainings use (`data.order`): batch after batch, no array of N numbers.
 `sorted array` is the stable sort of N random words, which it replaced. Each is measured in a
-process of its own, so that its memory is its own. Before that, the order by position is checked:
-each sample exactly once where N flags fit, else that the inverse leads back from many positions.
+process of its own, so that its memory is its own; times are of the CPU. Before that, the order by
+position is checked: each sample exactly once where N flags fit, else that the inverse leads back
+from many positions.
 """
 
 import argparse
@@ -83,9 +84,9 @@ def main(args: argparse.Namespace) -> int:
                 case=way,
                 samples=n,
                 positions=positions,
-                first_batch_us=1e6 * float(np.median([run["first"] for run in runs])),
-                seconds=seconds,
-                ns_per_position=1e9 * seconds / positions,
+                first_batch_cpu_us=1e6 * float(np.median([run["first"] for run in runs])),
+                cpu_seconds=seconds,
+                cpu_ns_per_position=1e9 * seconds / positions,
                 mb_at_most=max(run["mb"] for run in runs),
                 repetitions=args.repetitions,
             )
@@ -122,20 +123,20 @@ def _in_its_own_process(way: str, n: int, positions: int, batch: int) -> dict[st
 
 
 def measure(way: str, n: int, positions: int, batch: int) -> None:
-    """Print seconds to the first batch, seconds of all positions, and MB at the most for it."""
-    before, began = memory_mb("VmRSS"), time.perf_counter()
+    """Print CPU seconds to the first batch and of all positions, and MB at the most for it."""
+    before, began = memory_mb("VmRSS"), time.process_time()
     if way == "sorted array":
         words = np.random.Philox(key=0).random_raw(n)
         order = np.argsort(words, kind="stable")
         assert len(order) == n
-        first = time.perf_counter() - began
+        first = time.process_time() - began
     else:
         stream = SampleStream(n, 0)
         stream.indices(0, min(batch, n))
-        first, began = time.perf_counter() - began, time.perf_counter()
+        first, began = time.process_time() - began, time.process_time()
         for at in range(0, positions, batch):
             stream.indices(at, min(batch, positions - at))
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     print(json.dumps({"first": first, "seconds": seconds, "mb": memory_mb("VmHWM") - before}))
 
 

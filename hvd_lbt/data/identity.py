@@ -23,6 +23,7 @@ from hvd_lbt.data.synthetic import SyntheticStore
 from hvd_lbt.data.teacher import TeacherStore
 from hvd_lbt.errors import UserError
 
+HASHED = 2**18  # numbers at a time
 Identity = dict[str, str]  # kind, count, classes, labels, samples: what is compared, as text
 WORDS = {
     "kind": "the format",
@@ -40,7 +41,7 @@ def identity(store: Images | SyntheticStore) -> Identity:
         "kind": "synthetic",
         "count": str(len(store)),
         "classes": hash_of(store.classes),
-        "labels": _sha256(store.labels.astype("<i8").tobytes()),
+        "labels": "" if isinstance(store, OwnData) else _sha256_of(store.labels),
         "samples": "",
     }
     if isinstance(store, OwnData):  # its labels are known once they were read
@@ -53,11 +54,9 @@ def identity(store: Images | SyntheticStore) -> Identity:
         if store.contents:
             its["samples"] = store.contents
         elif index.extents is None:
-            ends = index.files.ends.astype("<i8").tobytes()
-            its["samples"] = _sha256(ends + index.files.blob.tobytes())
+            its["samples"] = _sha256_of(index.files.ends, index.files.blob)
         else:
-            sizes = np.abs(index.extents[:, 2]).astype("<i8")
-            its["samples"] = _sha256(sizes.tobytes())
+            its["samples"] = _sha256_of(index.extents[:, 2])
         if made := pixels_of(index.root):  # without: as checkpoints of before have it
             its["pixels"] = made
     return its
@@ -140,5 +139,11 @@ def _differences(
     return "; ".join(found)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256_of(*arrays: Any) -> str:
+    """Of bytes as they are, and of the magnitudes of numbers as int64, without a copy of all."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        for first in range(0, len(array), HASHED):
+            part = array[first : first + HASHED]
+            digest.update(part if part.dtype == np.uint8 else np.abs(part).astype("<i8"))
+    return digest.hexdigest()

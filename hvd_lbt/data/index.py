@@ -5,26 +5,25 @@ The order is that of the samples' labels 0 … N − 1 of every run: of a folder
 then file name (as bytes); of shards, sorted by the shards' names, then as they lie in the shard. A
 data set converted from a folder therefore keeps the folder's order.
 
-An index is kept as DATA/.hvd_lbt/SPLIT.npz, or where DATA cannot be written in the cache folder. It
-holds names, sizes and times of what it was made from: of the shards, or of the class folders (whose
+An index is kept as DATA/.hvd_lbt/SPLIT.index, or where DATA cannot be written in the cache folder.
+Its arrays are mapped into memory, so that the ranks of a node share them (`array_file`). It holds
+names, sizes and times of what it was made from: of the shards, or of the class folders (whose
 ctime moves when a file comes, goes or is renamed; a file's content is read afresh every time).
 """
 
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hvd_lbt import terminal
+from hvd_lbt.data.array_file import map_arrays, write_arrays
 from hvd_lbt.data.digits import cache_folder
 from hvd_lbt.data.formats import SCANS, SUFFIXES, Extents, Findings, SplitError
 from hvd_lbt.data.formats import findings as found
@@ -47,6 +47,7 @@ SCANNERS = 16  # folders or shards read at the same time: their disks' latency i
 # Data that changed so shortly before the index was made may have changed again within one tick of
 # its clock (1 s on some network storage): that index is not trusted a second time.
 TICK = 2.0
+SUFFIX, BEFORE = ".index", ".npz"  # of an index file; what they were before they were mapped
 FUTURE = 60.0  # seconds: more is no clock that is a little ahead, but a wrong one
 
 
@@ -126,7 +127,7 @@ def _look(
     """
     source = find_source(data, split, asked)
     began = time.time()
-    file = _index_file(data, split)
+    file = index_file(data, split)
     asked.append(file)
     return source, began, file, *_load(file, source, began)
 
@@ -142,27 +143,26 @@ def _remove_scratch(file: Path) -> None:
             scratch.unlink()
 
 
-def _index_file(data: Path, split: str) -> Path:
+def index_file(data: Path, split: str) -> Path:
     """Beside the data where that can be written or has one already; else in the cache folder."""
-    beside = data / ".hvd_lbt" / f"{split}.npz"
+    beside = data / ".hvd_lbt" / f"{split}{SUFFIX}"
     if os.access(
         beside if beside.exists() else beside.parent if beside.parent.exists() else data, os.W_OK
     ):
         return beside
     digest = hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:16]
-    return cache_folder() / "index" / digest / f"{split}.npz"
+    return cache_folder() / "index" / digest / f"{split}{SUFFIX}"
 
 
 def _load(file: Path, source: Source, asked: float) -> tuple[Index | None, str]:
     """The index in the file, if it is of this source; else None and why."""
     try:
-        with file.open("rb") as stream, np.load(stream) as stored:
-            about = json.loads(stored["about"].tobytes())
+        with file.open("rb") as stream:
+            about, arrays = map_arrays(stream)
             about["verified"] = os.fstat(stream.fileno()).st_mtime
-            arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{file} is damaged ({error})"
     if about["fingerprint"] != source.fingerprint():
         return None, f"the data changed since {file} was made"
@@ -239,31 +239,7 @@ def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[
     console = terminal.console(stderr=True)
     if why:
         terminal.say(console, f"Indexing {source.root} anew: {why}.")
-    index = _index_of(source, _scan_all(source, timeout, beat, console))
-    about = {
-        "fingerprint": source.fingerprint(),
-        "begun": begun,
-        "token_names": index.token_names,
-        "findings": index.findings.as_json(),
-        "nested": index.nested,
-        "nested_times": _times_of(source, index.nested),
-    }
-    arrays: dict[str, NDArray[Any]] = {
-        "about": np.frombuffer(json.dumps(about).encode("utf-8", "surrogateescape"), np.uint8),
-        "blob": index.files.blob,
-        "ends": index.files.ends,
-        "tokens": index.tokens,
-    }
-    if index.extents is not None:
-        arrays["extents"] = index.extents
-    scratch = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]  # a name could be allow_pickle
-        os.utime(scratch, (begun, begun))  # when the folders were last known to be as it says
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    index = keep(source, file, index_of(source, _scan_all(source, timeout, beat, console)), begun)
     terminal.say(
         console,
         f"Indexed {source.root}: {len(index):,} images, {len(index.token_names):,} classes, "
@@ -273,6 +249,60 @@ def _build(source: Source, file: Path, why: str, timeout: float, beat: Callable[
     for line in index.findings.lines():
         terminal.say(console, f"{source.root.name}: {line}")
     return index
+
+
+def keep(source: Source, file: Path, index: Index, begun: float) -> Index:
+    """Write the index file, and give the index with its arrays in memory that all share.
+
+    begun: the time before its source was looked at.
+    """
+    about = {
+        "fingerprint": source.fingerprint(),
+        "begun": begun,
+        "token_names": index.token_names,
+        "findings": index.findings.as_json(),
+        "nested": index.nested,
+        "nested_times": _times_of(source, index.nested),
+    }
+    arrays: dict[str, NDArray[Any]] = {
+        "blob": index.files.blob,
+        "ends": index.files.ends,
+        "tokens": index.tokens,
+    }
+    if index.extents is not None:
+        arrays["extents"] = index.extents
+    _write(file, arrays, about)
+    with file.open("rb") as stream:  # this process too uses what all share
+        _, arrays = map_arrays(stream)
+    return replace(
+        index,
+        files=Names(arrays["blob"], arrays["ends"]),
+        tokens=arrays["tokens"],
+        extents=arrays.get("extents"),
+    )
+
+
+def _write(file: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:
+    """Write the index file, whole or not at all.
+
+    The file before it stays under another name until the next one: processes on other nodes may
+    have it mapped, and a page of a file that NFS has removed is SIGBUS.
+    """
+    scratch = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
+    kept = file.with_name(f".{file.name}.before")
+    try:
+        with scratch.open("wb") as stream:
+            write_arrays(stream, arrays, about)
+        # when the folders were last known to be as it says
+        os.utime(scratch, (about["begun"], about["begun"]))
+        with suppress(OSError):
+            kept.unlink(missing_ok=True)
+            os.link(file, kept)
+        os.replace(scratch, file)
+        with suppress(OSError):
+            file.with_suffix(BEFORE).unlink(missing_ok=True)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _scan_all(
@@ -323,7 +353,8 @@ def _scan_all(
     return made
 
 
-def _index_of(source: Source, made: list[Any]) -> Index:
+def index_of(source: Source, made: list[Any]) -> Index:
+    """The index of what the parts hold: file names of a class, Extents of a shard; SplitError."""
     findings, shards = Findings(), source.kind != "folder"
     for part, its in zip(source.parts, made, strict=True):
         findings.merge(its.findings, f"{part}{':' if shards else '/'}")
@@ -381,18 +412,22 @@ def _of_shards(source: Source, made: list[Extents], findings: Findings) -> Index
             if found.ODD_END not in made[source.parts.index(name)].findings.counts:
                 findings.add(found.ODD_END, name)
     compare_with_counts(source.root, source.name, sum(map(len, made)), findings)
-    columns = (
-        np.repeat(np.arange(len(made)), [len(part) for part in made]),
-        np.concatenate([np.frombuffer(part.offsets, dtype=np.int64) for part in made]),
-        np.concatenate([np.frombuffer(part.lengths, dtype=np.int64) for part in made]),
-    )
+    extents = np.empty((sum(map(len, made)), 3), dtype=np.int64)
+    at = 0
+    for number, part in enumerate(made):
+        rows = extents[at : at + len(part)]
+        rows[:, 0] = number
+        if len(part):
+            rows[:, 1] = np.frombuffer(part.offsets, dtype=np.int64)
+            rows[:, 2] = np.frombuffer(part.lengths, dtype=np.int64)
+        at += len(part)
     return Index(
         kind=source.kind,
         root=source.root,
         files=Names.of([os.fsencode(part) for part in source.parts]),
         tokens=np.concatenate(tokens),
         token_names=tuple(place),
-        extents=np.stack(columns, axis=1),
+        extents=extents,
         findings=findings,
     )
 

@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from hvd_lbt.data.class_names import CLASSES_FILE
 from hvd_lbt.data.formats import join_recordio
 from hvd_lbt.data.index import Index
+from hvd_lbt.data.labels import Labels
 from hvd_lbt.data.pixels import Encoded, encoded
 from hvd_lbt.data.reading import open_regular, read_regular
 from hvd_lbt.errors import ReadError, SampleError, UserError
@@ -30,7 +31,8 @@ class Store:
 
     classes: the names that give labels 0, 1, …; None takes `named`, or else those found here,
     sorted (numbers as numbers). The test split is given the training split's. named: the names in
-    the data set's classes file, which shards' numbers stand for. labels: int64 (n,). Raises
+    the data set's classes file, which shards' numbers stand for. labels: each
+    sample's. Raises
     UserError for a class that is not in `classes`.
     """
 
@@ -60,7 +62,7 @@ class Store:
                 "is one."
             )
         table = np.array([label_of[name] for name in found], dtype=np.int64)
-        self.labels = table[index.tokens]
+        self.labels = Labels(table, index.tokens)
         self.place_of: Callable[[int], Path] = self._own_place  # data.stage gives another
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,6 +107,20 @@ class Store:
                 f"{self.name(index)} is not there any more: the shard has become shorter."
             )
         return data if length >= 0 else join_recordio(data)
+
+    def pieces(self, block: range) -> Iterator[tuple[str | bytes | Path, int, int]]:
+        """The (file, offset, length) that hold these samples; of a shard one for all of them."""
+        extents = self.index.extents
+        if extents is None:
+            for index in block:
+                yield self._folder + self.index.files.raw(index), 0, 0  # 0: to the end
+            return
+        shards, offsets, lengths = extents[block.start : block.stop].T
+        for shard in np.unique(shards):
+            here = shards == shard
+            start = int(offsets[here].min())
+            end = int((offsets[here] + np.abs(lengths[here])).max())
+            yield self.place_of(int(shard)), start, end - start
 
     def image(self, index: int) -> Encoded:
         """The image of sample `index`, or a SampleError if its bytes are no whole image."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from hvd_lbt.data.crops import FLIP, center_crops, pad_crops, random_resized_crops
 from hvd_lbt.data.label_noise import noisy_labels
 from hvd_lbt.data.pixels import Encoded
+from hvd_lbt.data.read_ahead import ReadAhead, Windows
 from hvd_lbt.data.reading import Readers
 from hvd_lbt.data.samples import SKIPPED, Batch, Images, TrainSamples
 from hvd_lbt.data.synthetic import SyntheticStore
@@ -95,7 +96,8 @@ def train_batches(
         )
     samples = TrainSamples(store, seed, data)
     graph = _Augmented(data)
-    maker = _Maker(store, data, graph, micro_batch + 1, device, local_size, data.label_noise)
+    limits = (micro_batch + 1, device, local_size)
+    maker = _Maker(store, data, graph, *limits, data.label_noise, samples.windows)
     return maker.batches(ranges, samples.indices, samples.uniforms, on_skipped)
 
 
@@ -160,6 +162,7 @@ class _Maker:
     device: torch.device
     local_size: int
     label_noise: float = 0.0
+    windows_of: Callable[[int, int], Windows] | None = None
 
     def batches(
         self,
@@ -171,10 +174,15 @@ class _Maker:
         """See `train_batches`."""
         self._on_skipped = on_skipped if self.data.on_bad_sample == "skip" else None
         readers = Readers(self.data.readers)
-        begun = (
-            self._begin(indices_of(first, count), uniforms_of(first, count), ghost_batch, readers)
-            for first, count, ghost_batch in ranges
-        )
+        ahead = ReadAhead(self.store, self.windows_of or (lambda first, count: {}), readers)
+
+        def begin(first: int, count: int, ghost_batch: int) -> _Work:
+            ahead.before(first, count)
+            return self._begin(
+                indices_of(first, count), uniforms_of(first, count), ghost_batch, readers
+            )
+
+        begun = itertools.starmap(begin, ranges)
         reading: deque[_Work] = deque()
         decoding: deque[_Work] = deque()  # given to DALI and not yet handed back
         again: deque[_Work] = deque()  # to be given to a new pipeline

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from hvd_lbt.data.crops import DRAWS
+from hvd_lbt.data.labels import Labels
 from hvd_lbt.data.order import SampleStream, sample_uniforms, stream_ranges
 from hvd_lbt.data.pixels import Encoded
 from hvd_lbt.recipe import DataRecipe
@@ -14,13 +15,13 @@ SKIPPED = -100  # the label of a sample that is not to count: cross_entropy give
 
 
 class Images(Protocol):
-    """The samples of one split by index, of files (`Store`) or a Python data set (`OwnData`).
-
-    labels: int64 (n,); that of a sample is known at the latest once its image was asked for.
-    """
+    """The samples of one split by index, of files (`Store`) or a Python data set (`OwnData`)."""
 
     classes: tuple[str, ...]
-    labels: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray | Labels:
+        """int64 (n,); a sample's is known at the latest once its image was asked for."""
 
     def __len__(self) -> int: ...
 

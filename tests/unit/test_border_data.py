@@ -634,7 +634,7 @@ def test_folders_with_young_ctimes_are_listed_again_once(classes, monkeypatch):
         open_train_split(classes)
         assert len(listed) == count
     monkeypatch.setattr(index_module, "TICK", 0.0)
-    file = classes / ".hvd_lbt/train.npz"
+    file = classes / ".hvd_lbt/train.index"
     os.utime(file, (1e9, 1e9))  # as if the index had been made before the ctimes
     for _ in range(2):
         open_train_split(classes)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from data_sets import encoded, write_folder, write_shards
 
+from hvd_lbt.data import array_file
 from hvd_lbt.data import index as index_module
 from hvd_lbt.data import source as source_module
 from hvd_lbt.data.index import Names, open_index
+from hvd_lbt.data.labels import Labels
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import ReadError, UserError
 
@@ -46,7 +48,7 @@ def test_an_index_is_built_once_and_says_where_it_is(old, capfd):
     first = open_train_split(old)
     said = capfd.readouterr().err
     assert f"Indexed {old}/train: 23 images, 4 classes, folder, in" in said
-    assert f"kept in {old}/.hvd_lbt/train.npz" in said
+    assert f"kept in {old}/.hvd_lbt/train.index" in said
     second = open_train_split(old)
     assert capfd.readouterr().err == ""
     assert np.array_equal(first.labels, second.labels)
@@ -103,8 +105,12 @@ def test_data_that_changed_a_moment_before_is_looked_at_once_more(tmp_path, capf
 
 def test_a_damaged_index_is_built_anew(old, capfd):
     open_train_split(old)
-    file = old / ".hvd_lbt/train.npz"
-    for damaged in (b"", b"nonsense", file.read_bytes()[:-200]):
+    file = old / ".hvd_lbt/train.index"
+    whole = file.read_bytes()
+    flipped = [bytearray(whole) for _ in range(5)]
+    for one, at in zip(flipped, (3, 100, len(whole) // 2, -60, -4), strict=True):
+        one[at] ^= 4
+    for damaged in (b"", b"nonsense", whole[:-200], whole[200:], whole + b"x", *flipped):
         file.write_bytes(damaged)
         assert len(open_train_split(old)) == 23
         assert "is damaged" in capfd.readouterr().err
@@ -116,13 +122,14 @@ def test_data_that_cannot_be_written_is_indexed_in_the_cache_folder(old, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert len(open_train_split(old)) == 23
     assert not (old / ".hvd_lbt").exists()
-    assert len(list((tmp_path / "cache").rglob("train.npz"))) == 1
+    assert len(list((tmp_path / "cache").rglob("train.index"))) == 1
 
 
 # Four processes at once, forked when all is imported: OUT/NUMBER.1 and .2 are what each prints.
 FOUR = """
 import os, sys
 from pathlib import Path
+from hvd_lbt.data.labels import Labels
 from hvd_lbt.data.store import open_train_split
 
 data, out = map(Path, sys.argv[1:])
@@ -155,7 +162,7 @@ def test_of_many_processes_one_builds(tmp_path):
     assert all(err == "" or "Indexed" in err for err in said)
     assert any(said)
     age(data)
-    (data / ".hvd_lbt/train.npz").unlink()
+    (data / ".hvd_lbt/train.index").unlink()
     assert sum("Indexed" in err for err in open_in_four(data, tmp_path / "old")) == 1
 
 
@@ -165,13 +172,11 @@ def test_a_builder_that_died_is_replaced_and_one_that_stands_still_is_named(old,
         "import sys, time; from pathlib import Path; from hvd_lbt.data.index import _lock\n"
         "with _lock(Path(sys.argv[1]), 1): print('held', flush=True); time.sleep(1000)"
     )
-    file = old / ".hvd_lbt/train.npz"
+    file = old / ".hvd_lbt/train.index"
     command = [sys.executable, "-c", hold, str(file)]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    match = (
-        rf"train.npz is being made by process {holder.pid} on .*, which has not moved on for 0.3 s"
-    )
+    match = rf"train.index is being made by process {holder.pid} on .*, which has not moved on"
     with pytest.raises(ReadError, match=match):
         open_index(old, "train", timeout=0.3)
     holder.kill()
@@ -235,3 +240,51 @@ def test_what_cannot_be_listed_is_an_error(old, monkeypatch):
     monkeypatch.setattr(index_module, "scan_class", forbidden)
     with pytest.raises(UserError, match=r"Permission denied: '.*train/class"):
         open_index(old, "train", timeout=5)
+
+
+def test_an_index_of_before_is_built_anew_and_removed(old, capfd):
+    before = old / ".hvd_lbt/train.npz"
+    before.parent.mkdir(exist_ok=True)
+    before.write_bytes(b"PK")
+    open_train_split(old)
+    assert "Indexed" in capfd.readouterr().err
+    assert not before.exists()
+
+
+def test_ranks_share_one_index_and_keep_it_when_it_is_replaced(old):
+    stores = [open_train_split(old) for _ in range(2)]
+    for store in stores:
+        for array in (store.index.tokens, store.index.files.blob, store.index.files.ends):
+            assert not array.flags.writeable
+    assert Path("/proc/self/maps").read_text().count(f"{old}/.hvd_lbt/train.index\n") >= 2
+    names, labels = stores[0].name(7), stores[0].labels.tolist()
+    file = old / ".hvd_lbt/train.index"
+    inode = file.stat().st_ino
+    next((old / "train/class 0").iterdir()).unlink()
+    age(old)
+    assert len(open_train_split(old)) == 22
+    assert file.stat().st_ino != inode
+    assert file.with_name(".train.index.before").stat().st_ino == inode  # for other nodes' maps
+    assert (stores[1].name(7), stores[1].labels.tolist()) == (names, labels)
+
+
+def test_where_files_cannot_be_mapped_the_index_is_read(old, monkeypatch):
+    mapped = open_train_split(old)
+    monkeypatch.setattr(array_file.mmap, "mmap", fails)
+    read = open_train_split(old)
+    assert read.labels.tolist() == mapped.labels.tolist()
+    assert [read.name(at) for at in range(23)] == [mapped.name(at) for at in range(23)]
+
+
+def fails(*arguments, **settings):
+    raise OSError(19, "No such device")
+
+
+def test_labels_are_read_as_an_array():
+    labels = Labels(np.array([5, 3], np.int64), np.array([0, 1, 1, 0], np.int32))
+    assert len(labels) == 4
+    assert (labels[1], labels[1:].tolist(), labels[[3, 0]].tolist()) == (3, [3, 3, 5], [5, 5])
+    assert labels[np.array([True, False, False, True])].tolist() == [5, 5]
+    assert list(labels) == labels.tolist() == [5, 3, 3, 5]
+    assert np.array_equal(labels, [5, 3, 3, 5])
+    assert np.asarray(labels, np.int32).dtype == np.int32

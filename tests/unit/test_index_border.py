@@ -51,7 +51,7 @@ def test_what_dead_processes_left_beside_the_index_is_removed(data):
     place = data / ".hvd_lbt"
     place.mkdir()
     dead, own, other = (
-        place / f".train.npz.{host}.{pid}"
+        place / f".train.index.{host}.{pid}"
         for host, pid in (
             (socket.gethostname(), 2**22 + 1),
             (socket.gethostname(), os.getppid()),
