@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from hvd_lbt.studies import equal_noise, imagenet_schedules, momentum_settling
+from hvd_lbt.studies import equal_noise, imagenet_schedules, momentum_settling, shuffle_block
 from hvd_lbt.studies.paired import Difference, all_of, held_if, paired
 from hvd_lbt.studies.pictures import draw_curves, draw_peaks
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
@@ -577,6 +577,7 @@ ALL = (
         curves=False,
     ),
     *imagenet_schedules.STUDIES,
+    *shuffle_block.STUDIES,
 )
 STUDIES: dict[str, dict[str, Study]] = {}
 for _study in ALL:
