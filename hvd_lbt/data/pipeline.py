@@ -86,11 +86,6 @@ def train_batches(
     Raises ReadError when the storage fails or gives nothing for `data.timeout` seconds.
     """
     if isinstance(store, SyntheticStore):
-        if data.shuffle_block is not None:
-            raise UserError(
-                f"data.shuffle_block: {data.shuffle_block} has no effect with --data synthetic, "
-                "which reads nothing: leave it out."
-            )
         return _synthetic(
             store, data, ((first, count) for first, count, _ in ranges), micro_batch, device
         )

@@ -12,6 +12,7 @@ from hvd_lbt.data.downloads import Download, open_small
 from hvd_lbt.data.formats import SplitError
 from hvd_lbt.data.index import open_index
 from hvd_lbt.data.index_store import Store
+from hvd_lbt.data.order import SampleStream
 from hvd_lbt.data.own_data import OwnData, own_splits, own_test_split
 from hvd_lbt.data.raw_layouts import raw_layout
 from hvd_lbt.data.reading import bounded
@@ -44,8 +45,20 @@ def open_data(data: Path | None, recipe: Recipe) -> Splits:
 
     None: the built-in digits; `synthetic`: images in memory; `teacher`: random images that a fixed
     network labels; `package.module:function`: a Python data set, unless there is a folder of this
-    name.
+    name. Raises UserError too where data.shuffle_block cannot be, before anything is trained.
     """
+    splits = _open(data, recipe)
+    block = recipe.data.shuffle_block
+    if block is not None and data == SYNTHETIC:
+        raise UserError(
+            f"data.shuffle_block: {block} has no effect with --data synthetic, which reads "
+            "nothing: leave it out."
+        )
+    SampleStream(len(splits[0]), 0, block, recipe.data.blocks_in_window)
+    return splits
+
+
+def _open(data: Path | None, recipe: Recipe) -> Splits:
     if data == SYNTHETIC:
         return synthetic_splits(recipe)
     if data == TEACHER:

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lbt.data.block_order import Windows
 from hvd_lbt.data.order import SampleStream, block_order
-from hvd_lbt.data.pipeline import train_batches
-from hvd_lbt.data.synthetic import synthetic_splits
+from hvd_lbt.data.store import open_data
+from hvd_lbt.data.synthetic import SYNTHETIC
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import load_recipe
 
@@ -131,11 +130,8 @@ def test_settings_that_have_no_effect_are_refused():
     recipe = load_recipe("digits", ["data.shuffle_block=4", "data.train_samples=100"])
     assert recipe.data.blocks_in_window == 16
     with pytest.raises(UserError, match="no effect with --data synthetic"):
-        train_batches(
-            synthetic_splits(recipe)[0],
-            recipe.data,
-            [(0, 8, 8)],
-            seed=0,
-            micro_batch=8,
-            device=torch.device("cpu"),
-        )
+        open_data(SYNTHETIC, recipe)
+    large = load_recipe("digits", ["data.shuffle_block=100"])
+    with pytest.raises(UserError, match="the training set has 1,437: that is the whole shuffle"):
+        open_data(None, large)
+    assert len(open_data(None, load_recipe("digits", ["data.shuffle_block=4"]))[0]) == 1437
