@@ -16,17 +16,27 @@ from hvd_lbt.arguments import count
 from hvd_lbt.data.store import open_train_split
 from hvd_lbt.errors import UserError
 from hvd_lbt.stop import EXIT_STOPPED
-from hvd_lbt.studies import bayesian_evidence, noise_formula, published
+from hvd_lbt.studies import (
+    bayesian_evidence,
+    linear_scaling,
+    noise_formula,
+    optimum_batch,
+    published,
+    stage_noise,
+    weight_decay,
+)
 from hvd_lbt.studies.trainings import Stopped, redraw, run_study, shortened
 
 SCALES = ("laptop", "smoke", "cifar10", "gpu", "cluster")
 
 MEASURED = {one.NAME: one.study for one in (bayesian_evidence, noise_formula)}
+# Studies of many small networks, trained at once in each process.
+SIDE_BY_SIDE = {one.NAME: one.study for one in (optimum_batch, linear_scaling, stage_noise)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hvd_lbt study`."""
-    names = [*published.STUDIES, *MEASURED]
+    names = [*published.STUDIES, *SIDE_BY_SIDE, weight_decay.NAME, *MEASURED]
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="[runs/studies]")
@@ -55,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run one study; writes OUT/NAME.{md,png,json} and prints the sentence that sums it up."""
+    if args.name in (*SIDE_BY_SIDE, weight_decay.NAME):
+        return _side_by_side(args)
     if args.name in MEASURED:
         return _measure(args)
     scales = published.STUDIES[args.name]
@@ -121,6 +133,43 @@ def _words(launcher: str) -> list[str]:
     if words and shutil.which(words[0]) is None:
         raise UserError(f"--launcher {launcher!r}: there is no program {words[0]!r}.")
     return words
+
+
+def _side_by_side(args: argparse.Namespace) -> int:
+    """A study whose networks are trained at once, without Horovod and on data of its own."""
+    if args.scale != "laptop":
+        raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
+    own = args.name in SIDE_BY_SIDE
+    for name in ("data", "updates", "launcher") if own else ("updates", "launcher"):
+        if value := getattr(args, name):
+            raise UserError(
+                f"--{name} {value} has no effect on {args.name}, which trains its networks in its "
+                f"own processes{', on data that it makes' * own}; leave it out."
+            )
+    if not own and (args.data is None) is not args.redraw:
+        raise UserError(
+            f"--data {args.data} has no effect with --redraw, which trains nothing."
+            if args.redraw
+            else f"--data: {args.name} needs images: give the folder that has train/CLASS/FILE."
+        )
+    if args.redraw and args.jobs:
+        raise UserError(f"--jobs {args.jobs} has no effect with --redraw, which trains nothing.")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    jobs = 0 if args.redraw else args.jobs or len(os.sched_getaffinity(0))
+    try:
+        if own:
+            print(SIDE_BY_SIDE[args.name](args.out, jobs))
+        else:
+            print(weight_decay.study(args.out, jobs, args.data))
+    except OSError as error:
+        raise UserError(
+            f"--out {args.out}: the study cannot be written there ({error.strerror})."
+        ) from error
+    except Stopped:
+        print("Stopped. The same command continues from here.")
+        return EXIT_STOPPED
+    return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

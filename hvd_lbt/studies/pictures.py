@@ -1,10 +1,9 @@
 """The figures of the studies, from their collected numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -88,61 +87,3 @@ def _late_range(arms: Sequence[Results]) -> tuple[float, float]:
     ]
     room = 0.08 * (max(late) - min(late)) or 0.5
     return min(late) - room, max(late) + room
-
-
-def draw_peaks(
-    found: Results,
-    peaks: Callable[[Results, str], tuple[list[float], list[float], list[float]]],
-) -> Figure:
-    """Above: accuracy against batch, one panel a quantity; below: where each curve has its peak."""
-    panels = list(dict.fromkeys(arm["panel"] for arm in found["arms"]))
-    with matplotlib.rc_context(FONTS):
-        figure = Figure(figsize=(4.6 * len(panels), 8), layout="constrained")
-        upper, lower = figure.subplots(2, len(panels))
-        for above, below, panel in zip(upper, lower, panels, strict=True):
-            values, tops, errors = peaks(found, panel)
-            labels = dict.fromkeys(arm["label"] for arm in found["arms"] if arm["panel"] == panel)
-            for place, (label, top) in enumerate(zip(labels, tops, strict=True)):
-                arms = [arm for arm in found["arms"] if arm["label"] == label]
-                x, finals = [arm["x"] for arm in arms], np.array([arm["finals"] for arm in arms])
-                above.plot(x, finals.mean(1), "o-", color=COLOURS[place], label=label)
-                above.fill_between(
-                    x, finals.min(1), finals.max(1), color=COLOURS[place], alpha=0.15, linewidth=0
-                )
-                above.axvline(top, color=COLOURS[place], linestyle=":", linewidth=1.5)
-            shown = [arm for arm in found["arms"] if arm["panel"] == panel]
-            _doubling(above, sorted({arm["x"] for arm in shown}))
-            highest = max(max(arm["finals"]) for arm in shown)
-            above.set_ylim(highest - 8, highest + 0.5)  # the peaks; what diverges is far below
-            above.set_xlabel("global batch B")
-            above.legend(frameon=False, loc="lower center")
-            below.errorbar(
-                values,
-                tops,
-                [
-                    [top - top / 2**error for top, error in zip(tops, errors, strict=True)],
-                    [top * 2**error - top for top, error in zip(tops, errors, strict=True)],
-                ],
-                fmt="o",
-                color=COLOURS[0],
-                capsize=4,
-                label="peak",
-            )
-            middle = np.exp(np.mean(np.log(np.array(tops) / np.array(values))))
-            below.plot(values, middle * np.array(values), "--", color="#555", label=f"∝ {panel}")
-            _doubling(below, values)
-            below.set_yscale("log", base=2)
-            below.yaxis.set_major_formatter(PLAIN)
-            below.set_xlabel(panel)
-            below.legend(frameon=False)
-        upper[0].set_ylabel("test accuracy, %")
-        lower[0].set_ylabel("batch of the highest accuracy")
-    return figure
-
-
-def _doubling(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis with a tick at each value."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(values)
-    axes.xaxis.set_major_formatter(PLAIN)
-    axes.xaxis.set_minor_formatter(NullFormatter())

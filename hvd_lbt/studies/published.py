@@ -14,7 +14,7 @@ import numpy as np
 
 from hvd_lbt.studies import equal_noise, imagenet_schedules, momentum_settling, shuffle_block
 from hvd_lbt.studies.paired import Difference, all_of, held_if, paired
-from hvd_lbt.studies.pictures import draw_curves, draw_peaks
+from hvd_lbt.studies.pictures import draw_curves
 from hvd_lbt.studies.trainings import Arm, Digits, Results, Study, Verdict
 
 SAME = 1.0  # percentage points within which two mean accuracies count as the same
@@ -162,96 +162,6 @@ def judge_warmup_or_not(found: Results) -> Verdict:
         f"{np.mean(cold['final_losses']) / np.mean(warm['final_losses']):.1f} times as high; "
         f"{_needed([helps, *losses.values()])}. (Held: {INTERVALS} the warm-up is worth more than "
         f"0, and the grown batch loses at most {SAME:g} point without it.)",
-    )
-
-
-# --------------------------------------------------------------------------------- optimum batch
-
-BATCHES = (4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128)  # steps of about √2
-LR, IMAGES, SUM = 0.2, 500, 2  # the base, in all three sweeps; SUM is 1/(1−m)
-SWEEPS = {"lr": (0.1, LR, 0.4), "training images": (250, IMAGES, 1000), "1/(1−m)": (1, SUM, 4)}
-NOISIEST = 50.0  # noise scale above which no batch is trained: far beyond the peak it diverges
-
-
-def _optimum_batch() -> tuple[Arm, ...]:
-    arms = []
-    for quantity, values in SWEEPS.items():
-        for value in values:
-            settings = {"lr": LR, "training images": IMAGES, "1/(1−m)": SUM} | {quantity: value}
-            lr, images, total = settings.values()
-            arms += [
-                Arm(
-                    name=f"lr{lr:g}-n{images}-m{1 - 1 / total:g}-b{batch}",
-                    label=f"{quantity} {value:g}",
-                    panel=quantity,
-                    x=batch,
-                    recipe="digits_perceptron",
-                    data=Digits(train_samples=int(images)),
-                    overrides=(
-                        f"schedule.lr={lr:g}",
-                        f"schedule.momentum={1 - 1 / total:g}",
-                        f"schedule.global_batch={batch}",
-                    ),
-                )
-                for batch in BATCHES
-                if lr * images * total / batch <= NOISIEST
-            ]
-    return tuple(arms)
-
-
-def peak(batches: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The batch of the highest accuracy: a parabola in log2 B through the best three."""
-    best = int(np.argmax(accuracies))
-    first = min(max(0, best - 1), len(batches) - 3)
-    x = np.log2(batches[first : first + 3])
-    bend, slope, _ = np.polyfit(x, accuracies[first : first + 3], 2)
-    top = -slope / (2 * bend) if bend < 0 else np.log2(batches[best])
-    return float(2 ** np.clip(top, x[0], x[-1]))
-
-
-def peaks(found: Results, quantity: str) -> tuple[list[float], list[float], list[float]]:
-    """The values of a quantity, the batch of the peak at each, and its jackknife error in log2."""
-    values: list[float] = []
-    tops: list[float] = []
-    errors: list[float] = []
-    for label in dict.fromkeys(a["label"] for a in found["arms"] if a["panel"] == quantity):
-        arms = [arm for arm in found["arms"] if arm["label"] == label]
-        batches = [arm["x"] for arm in arms]
-        finals = np.array([arm["finals"] for arm in arms])  # (batches, seeds)
-        count = finals.shape[1]
-        left_out = [
-            np.log2(peak(batches, np.delete(finals, seed, 1).mean(1))) for seed in range(count)
-        ]
-        values.append(float(label.rsplit(" ", 1)[1]))
-        tops.append(peak(batches, finals.mean(1)))
-        errors.append(float(np.sqrt((count - 1) * np.var(left_out))))
-    return values, tops, errors
-
-
-def exponent(found: Results, quantity: str) -> tuple[float, float]:
-    """p of B_peak ∝ quantity^p by least squares in logarithms, and its standard error."""
-    values, tops, errors = peaks(found, quantity)
-    x = np.log2(values) - np.mean(np.log2(values))
-    weights = x / np.sum(x**2)
-    return float(weights @ np.log2(tops)), float(np.sqrt(np.sum((weights * errors) ** 2)))
-
-
-def judge_optimum_batch(found: Results) -> Verdict:
-    """The peak moves as lr, as N and as 1/(1−m): exponents of 1."""
-    held, parts = True, []
-    for quantity in SWEEPS:
-        power, error = exponent(found, quantity)
-        _, tops, _ = peaks(found, quantity)
-        held &= abs(power - 1) <= max(2 * error, 0.25) and power - 2 * error > 0
-        parts.append(
-            f"({quantity})^{power:.2f} ± {error:.2f} (peaks at "
-            f"{', '.join(f'{t:.0f}' for t in tops)})"
-        )
-    return Verdict(
-        outcome=held_if(held),
-        sentence=f"The batch of the highest test accuracy goes as {', as '.join(parts)}; the "
-        "prediction is an exponent of 1 for each. (Held: each within two standard errors, or a "
-        "quarter, of 1, and more than two standard errors above 0.)",
     )
 
 
@@ -555,26 +465,6 @@ ALL = (
             "layout.micro_batch=64",
             "run.eval_every=5",
         ),
-    ),
-    Study(
-        name="optimum_batch",
-        scale="laptop",
-        title="The batch of the highest test accuracy",
-        claim="Smith & Le 2018, section 5: at a fixed lr there is a batch of the highest test "
-        "accuracy, and it grows as εN; as 1/(1−m) too.",
-        setting="Here: scikit-learn's 8×8 digits, as many to train on as said and all others to "
-        "test on, one hidden layer of 128 units; the paper has MNIST, 800 units, m 0.9, and "
-        "10,000 updates whatever the batch. Here every run has 10 epochs at a constant lr, so a "
-        "larger batch has fewer updates: a peak's right flank is slower training as well as less "
-        "noise. The base is lr 0.2, N = 500, m = 0.5; its range was chosen by a sweep in plain "
-        "PyTorch with other seeds. Batches whose noise scale is above 50 are left out: they "
-        "diverge. Near a peak's left flank training is unstable, which follows lr/(B(1−m)) but "
-        "not N; that is the likely reason why N moves the peak little.",
-        arms=_optimum_batch(),
-        seeds=(0, 1, 2),
-        draw=partial(draw_peaks, peaks=peaks),
-        judge=judge_optimum_batch,
-        curves=False,
     ),
     *imagenet_schedules.STUDIES,
     *shuffle_block.STUDIES,

@@ -11,7 +11,7 @@ from hvd_lbt.recipe import load_recipe
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.studies import imagenet_schedules, published
 from hvd_lbt.studies.paired import Outcome, held_if, interval, paired, seeds_needed
-from hvd_lbt.studies.published import ALL, STUDIES, SWEEPS, exponent, peak
+from hvd_lbt.studies.published import ALL, STUDIES
 from hvd_lbt.studies.trainings import compact_json, page, shortened, spread, train_samples
 from hvd_lbt.study import main
 
@@ -156,53 +156,21 @@ def test_warmup_or_not(accuracies, outcome):
     assert published.judge_warmup_or_not(found(*arms)).outcome is outcome
 
 
-def optimum_batch(power, *, base=22.0):
-    """Accuracies that peak at base·(value/middle)^power for each value of each sweep."""
-    arms = []
-    for quantity, values in SWEEPS.items():
-        for value in values:
-            top = math.log2(base * (value / values[1]) ** power)
-            for batch in published.BATCHES:
-                height = 95 - 0.5 * (math.log2(batch) - top) ** 2
-                finals = [height - 0.05, height, height + 0.05]
-                label = f"{quantity} {value:g}"
-                arms.append(arm(f"b{batch}", finals, label=label, panel=quantity, x=batch))
-    return found(*arms)
-
-
-@pytest.mark.parametrize(("power", "held"), [(1.0, True), (0.9, True), (0.0, False), (0.5, False)])
-def test_optimum_batch(power, held):
-    numbers = optimum_batch(power)
-    for quantity in SWEEPS:
-        assert exponent(numbers, quantity)[0] == pytest.approx(power, abs=1e-6)
-    assert published.judge_optimum_batch(numbers).outcome is held_if(held)
-
-
-def test_the_peak_of_a_parabola_and_of_a_slope():
-    batches = published.BATCHES
-    heights = [-((math.log2(batch) - 5.3) ** 2) for batch in batches]
-    assert peak(batches, heights) == pytest.approx(2**5.3)
-    assert peak(batches, list(range(11))) == 128  # no peak within: its end, nothing beyond
-
-
 @pytest.mark.parametrize("study", ALL, ids=lambda study: study.stem)
 def test_figure_and_page_can_be_made_from_the_json(study, tmp_path):
-    if study.name == "optimum_batch":
-        made = optimum_batch(1.0)
-    else:
-        made = found(
-            *(
-                arm(
-                    a.name,
-                    [95.0, 95.5],
-                    label=a.label,
-                    panel=a.panel,
-                    x=a.x,
-                    updates=900 - place,
-                )
-                for place, a in enumerate(study.arms)
+    made = found(
+        *(
+            arm(
+                a.name,
+                [95.0, 95.5],
+                label=a.label,
+                panel=a.panel,
+                x=a.x,
+                updates=900 - place,
             )
+            for place, a in enumerate(study.arms)
         )
+    )
     made = json.loads(compact_json(made))
     study.draw(made).savefig(tmp_path / "figure.png", dpi=20)
     text = page(study, made)
@@ -227,7 +195,7 @@ def settings(**changes):
     from argparse import Namespace
 
     given = {
-        "name": "optimum_batch",
+        "name": "three_schedules",
         "scale": "laptop",
         "data": None,
         "jobs": None,
@@ -241,7 +209,26 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale": "gpu"}, "--scale gpu: optimum_batch has laptop."),
+        ({"scale": "cifar10"}, "--scale cifar10: three_schedules has laptop, gpu."),
+        (
+            {"name": "optimum_batch", "scale": "gpu"},
+            "--scale gpu: optimum_batch has only the scale",
+        ),
+        ({"name": "optimum_batch", "data": "x"}, "--data x has no effect on optimum_batch"),
+        ({"name": "optimum_batch", "launcher": "srun"}, "--launcher srun has no effect on optimum"),
+        (
+            {"name": "optimum_batch", "redraw": True, "jobs": 2},
+            "--jobs 2 has no effect with --redr",
+        ),
+        (
+            {"name": "optimum_batch", "redraw": True},
+            "optimum_batch.json is not there: run the study",
+        ),
+        ({"name": "weight_decay"}, "--data: weight_decay needs images"),
+        (
+            {"name": "weight_decay", "data": "x", "redraw": True},
+            "--data x has no effect with --redr",
+        ),
         (
             {"name": "bayesian_evidence", "scale": "gpu"},
             "bayesian_evidence has only the scale laptop",

@@ -1,4 +1,4 @@
-"""Weight decay by stage: λ·g an epoch, however the noise falls."""
+"""Weight decay by stage: λ·g an epoch, however the noise falls; and the study of it."""
 
 import math
 
