@@ -181,6 +181,8 @@ def _draw_curves(axes: Axes, found: Results, lr: float, momentum: float) -> None
             curve["epochs"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0
         )
     axes.set_xlim(0, EPOCHS)
+    # what diverges at first goes out of the picture
+    axes.set_ylim(top=1.3 * max(find(found, arm_name(lr, REFERENCE, 0.0))["loss"]["mean"]))
     axes.set_xlabel("epochs")
     axes.set_title(f"m {momentum:g}, g {noise(lr):.4g}", loc="left", fontsize=12)
 
