@@ -162,9 +162,7 @@ def draw(found: dict[str, Any]) -> Figure:
     """Goyal's figure for each setting: error against batch, with and without warm-up."""
     with matplotlib.rc_context(FONTS):
         figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-        for axes, setting in zip(
-            figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS, strict=True
-        ):
+        for axes, setting in zip(figure.subplots(1, len(SETTINGS)), SETTINGS, strict=True):
             for place, (warm, label) in enumerate(((True, "warm-up"), (False, "no warm-up"))):
                 table = errors(found, setting, warm)
                 spread = table.std(1, ddof=1) / np.sqrt(table.shape[1])
@@ -186,6 +184,7 @@ def draw(found: dict[str, Any]) -> Figure:
         first = figure.axes[0]
         first.set_ylabel("test error, %")
         first.legend(frameon=False, loc="upper left")
+        figure.supxlabel("Bars: standard error of the mean; dotted: the bend.", fontsize=11)
     return figure
 
 
