@@ -38,7 +38,9 @@ PARAMETERS = 25_557_032  # of ResNet-50
 WIRE_BYTES = 2 * PARAMETERS  # wire.form fp16
 STATE_BYTES = (4 + 4 + 4) * PARAMETERS + WIRE_BYTES  # weights, gradients, momentum; wire
 IMAGE_BYTES = 147_897_477_120 / 1_281_167  # published: the size of ILSVRC2012_img_train.tar
-INDEX_BYTES = 4 + 3 * 8  # a sample of a shard, mapped by a node's ranks: token; shard, offset, length
+INDEX_BYTES = (
+    4 + 3 * 8
+)  # a sample of a shard, mapped by a node's ranks: token; shard, offset, length
 PER_NODE = 8  # ranks that share it
 DESCRIPTORS = 1024  # Linux's usual `ulimit -n`
 

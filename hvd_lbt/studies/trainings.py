@@ -381,10 +381,11 @@ def compact_json(found: Results) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation (n − 1)."""
+    """Mean ± standard deviation (n − 1); three digits where training diverged."""
+    form = f".{digits}f" if not values or max(map(abs, values)) < 1e5 else ".3g"
     if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else "–"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+        return f"{values[0]:{form}}" if values else "–"
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
 
 
 # ------------------------------------------------------------------------------------------ page

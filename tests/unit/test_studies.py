@@ -188,6 +188,7 @@ def test_json_keeps_five_digits_and_one_line_a_list():
 def test_spread():
     assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert spread([1.0]) == "1.00"
+    assert spread([4.8e23, 4.8e23], 4) == "4.8e+23 ± 0"
     assert spread([]) == "–"
 
 
