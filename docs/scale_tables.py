@@ -41,7 +41,7 @@ IMAGE_BYTES = 147_897_477_120 / 1_281_167  # published: the size of ILSVRC2012_i
 INDEX_BYTES = (
     4 + 3 * 8
 )  # a sample of a shard, mapped by a node's ranks: token; shard, offset, length
-PER_NODE = 8  # ranks that share it
+PER_NODE = 8  # ranks
 DESCRIPTORS = 1024  # Linux's usual `ulimit -n`
 
 
@@ -323,8 +323,7 @@ def breaks_table(found: dict[str, Any]) -> str:
         "a larger first batch (`schedule.scaled_start`), a smaller `layout.ghost_batch`",
         "MPI or srun, which connect when they first send; a larger `ulimit -n`",
         f"a tree between nodes ({tree}), as NCCL has; batches above 65,536",
-        "checksums by one rank of a node, an index by shard; shards read in order "
-        "(`data.shuffle_block`, with samples stored in random order)",
+        "checksums by one rank of a node; shards in random order and `data.shuffle_block`",
     )
     rows = [[*pair, other] for pair, other in zip(breaks.items(), instead, strict=True)]
     return table(["step", "breaks first (calculated)", "instead"], rows).replace(
