@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import overload
 
 from hvd_lbt.errors import UserError
@@ -158,16 +159,25 @@ class Plan:
         """The same after so many updates of this stage, which may be longer than planned."""
         last = self.momentum_in(stage, stage.first_sample + (updates - 1) * stage.global_batch)
         rescale = self.schedule.momentum_change == "rescale"
-        return self._buffers[stage.index].after(stage.momentum, last, updates, rescale=rescale)
+        buffer, before = self._buffers[stage.index]
+        return buffer.after(stage.momentum, last, before + updates, rescale=rescale)
 
     @cached_property
-    def _buffers(self) -> tuple[Buffer, ...]:
-        """The momentum buffer before each stage."""
-        buffers = [Buffer()]
-        for stage in self.stages[:-1]:
-            ends = (stage.momentum, stage.last_momentum, stage.updates)
-            rescale = self.schedule.momentum_change == "rescale"
-            buffers.append(buffers[-1].after(*ends, rescale=rescale))
+    def _buffers(self) -> tuple[tuple[Buffer, int], ...]:
+        """Of each stage the buffer before the first stage of its momentum, and the updates since.
+
+        So stages that differ in other things, such as the size of images, change no bit of it.
+        """
+        buffer, before = Buffer(), 0
+        buffers = [(buffer, before)]
+        rescale = self.schedule.momentum_change == "rescale"
+        for stage, following in pairwise(self.stages):
+            before += stage.updates
+            momenta = {stage.momentum, stage.last_momentum}
+            if momenta != {following.momentum, following.last_momentum} or len(momenta) > 1:
+                ends = (stage.momentum, stage.last_momentum)
+                buffer, before = buffer.after(*ends, before, rescale=rescale), 0
+            buffers.append((buffer, before))
         return tuple(buffers)
 
 
