@@ -305,6 +305,7 @@ class GradientReducer:
         """Forget the gradients of backwards with last=False, as if they had not been."""
         assert not self._sent
         self._backwards = self._ran_out = 0
+        self._flags = None  # whoever had room in them has to ask for it anew
         self._release()
 
     def first_sum(self) -> None:

@@ -166,7 +166,7 @@ class Training:
         # what every update sums besides gradients: one message, that of the reducer's flags
         given = len(votes)
         room = reducer.room(given + 3 + times.numbers(update.index))
-        room[:given] = torch.tensor(votes)
+        room[:given].copy_(torch.tensor(votes), non_blocking=True)  # no wait for the device
         sums, rows = room[given : given + 3], room[given + 3 :]
         last = len(batches) - 1
         self._make_momenta()

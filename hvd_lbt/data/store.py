@@ -59,9 +59,9 @@ def open_data(data: Path | None, recipe: Recipe) -> Splits:
 
 
 def _open(data: Path | None, recipe: Recipe) -> Splits:
-    if data == SYNTHETIC:
+    if is_made(data, SYNTHETIC):
         return synthetic_splits(recipe)
-    if data == TEACHER:
+    if is_made(data, TEACHER):
         return teacher_splits(recipe)
     if is_own(data):
         return own_splits(str(data), recipe.model.num_classes, recipe.data.classes)
@@ -72,7 +72,7 @@ def open_test_data(
     data: Path | None, classes: tuple[str, ...], recipe: Recipe
 ) -> Store | OwnData | TeacherStore:
     """The test split that `--data` names, for a network with these classes."""
-    if data == TEACHER:
+    if is_made(data, TEACHER):
         return teacher_test_split(classes, recipe)
     if is_own(data):
         return own_test_split(str(data), classes)
@@ -82,11 +82,16 @@ def open_test_data(
 
 def count_train_samples(data: Path, recipe: Recipe) -> int:
     """How many training samples `--data` has."""
-    if data == TEACHER:
+    if is_made(data, TEACHER):
         return recipe.data.train_samples or TRAIN_SAMPLES
     if is_own(data):
         return len(own_splits(str(data), recipe.model.num_classes, recipe.data.classes)[0])
     return len(open_train_split(data))
+
+
+def is_made(data: Path | None, name: Path) -> bool:
+    """Whether `--data` names the made data set of this name: no file or folder is called so."""
+    return data == name and not name.exists()
 
 
 def is_own(data: Path | None) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hvd_lbt.append_file import AppendFile
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.errors import OutOfMemoryError, SampleError
 from hvd_lbt.growing import FILE as DECISIONS
 from hvd_lbt.growing import Growing
@@ -146,6 +147,7 @@ class RunLog:
             hosts=hosts,
             versions=versions(),
             revision=revision(),
+            order_version=ORDER_VERSION,
             resumed_at_update=first_update,
             slurm_job=job,
             micro_batch=micro_batch,

@@ -76,7 +76,8 @@ class RankTimes:
         row = self._clock.row() if len(rows) else None
         if row is not None:
             place = len(PARTS) * self._rank
-            rows[place : place + len(PARTS)] = torch.tensor((*row, self._last_delay))
+            own = torch.tensor((*row, self._last_delay))
+            rows[place : place + len(PARTS)].copy_(own, non_blocking=True)
 
     def end(self) -> None:
         """The update is over: the next one sends what was measured."""

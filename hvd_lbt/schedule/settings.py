@@ -424,6 +424,7 @@ class Schedule(_Checked):
                 ".momentum_ramp: it has no effect where the momentum never changes; leave it out, "
                 "or set schedule.scaled_start.momentum or the momentum of a milestone."
             )
+            return
         if self.policy == "measured":
             yield (
                 ".momentum_ramp: with policy measured the batch follows the gradient's noise, and "

@@ -28,7 +28,7 @@ def stage_decays(plan: Plan, weight_decay: float) -> list[StageDecay]:
     """What weight decay does in each stage of the plan. weight_decay: λ ≥ 0."""
     found = []
     for stage in plan.stages:
-        in_all = weight_decay * _summed_lr(plan, stage) / (1 - stage.momentum)
+        in_all = weight_decay * _summed_lr(plan, stage)
         found.append(
             StageDecay(
                 stage=stage.index,
@@ -41,8 +41,9 @@ def stage_decays(plan: Plan, weight_decay: float) -> list[StageDecay]:
 
 
 def _summed_lr(plan: Plan, stage: Stage) -> float:
-    """Σ ε over a stage's updates."""
-    return sum(plan.at(stage.first_update + place).lr for place in range(stage.updates))
+    """Σ ε/(1−m) over a stage's updates, whose momentum may rise."""
+    updates = (plan.at(stage.first_update + place) for place in range(stage.updates))
+    return sum(update.lr / (1 - update.momentum) for update in updates)
 
 
 def decay_of_equal_epochs(plan: Plan, update: Update, weight_decay: float) -> float:

@@ -1,6 +1,7 @@
 """Measure the cells of a study in several processes; what was measured is kept over a stop.
 
-A cell is a dictionary of settings, plain enough for JSON. Its numbers are written, one line a cell,
+A cell is a dictionary of all settings that its numbers depend on, plain enough for JSON: cells of
+other settings are measured anew. Its numbers are written, one line a cell,
 as soon as they are known.
 """
 
@@ -18,6 +19,7 @@ from hvd_lbt.errors import UserError
 from hvd_lbt.log.provenance import revision, versions
 from hvd_lbt.plain_yaml import read_text
 from hvd_lbt.studies.trainings import Stopped, compact_json
+from hvd_lbt.whole_file import write_whole
 
 Cell = dict[str, Any]
 MAX_BYTES = 256 * 2**20  # of the file with what was measured
@@ -38,7 +40,8 @@ def kept_cells(
     file = out / f"{name}.json"
     if jobs and cells is not None:
         measured = measure_cells(cells, measure, out / name / "cells.jsonl", jobs)
-        about = {"versions": versions(), "revision": revision()}
+        revisions = dict.fromkeys(cell.pop("revision", "unknown") for cell in measured)
+        about = {"versions": versions(), "revision": ", ".join(revisions)}
         file.write_text(compact_json({"cells": measured, **about}), encoding="utf-8")
     what = f"{file}, the numbers of an earlier run,"
     if not file.exists():
@@ -88,7 +91,7 @@ def _measure(
             tasks = {pool.submit(measure, cell): cell for cell in cells}
             for done, task in enumerate(as_completed(tasks), 1):
                 key = _key(tasks[task])
-                known[key] = task.result()
+                known[key] = {**task.result(), "revision": revision()}
                 lines.write(json.dumps([json.loads(key), known[key]]) + "\n")
                 lines.flush()
                 print(f"{done} of {len(cells)}", end="\r", flush=True)
@@ -123,7 +126,7 @@ def _known(file: Path) -> dict[str, dict[str, Any]]:
                 "file, or give another --out."
             ) from error
     if lines[-1]:  # so that the next line begins at a line's start
-        file.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        write_whole(file, "".join(f"{line}\n" for line in lines[:-1]))
     return found
 
 

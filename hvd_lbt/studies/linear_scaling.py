@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 
 NAME = "linear_scaling"
 WIDTH, TEST_SAMPLES, EPOCHS, MOMENTUM = 64, 5_000, 10, 0.9
+MILESTONES, WARM_UP = (6, 8), 1  # epochs
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 # N and the lr of the smallest batch; the lr of the others is in proportion
 SETTINGS = {
@@ -56,8 +57,15 @@ def study(out: Path, jobs: int) -> str:
 
 def cells() -> list[Cell]:
     """Every batch of every setting, with and without warm-up; the longest first."""
+    fixed: dict[str, Any] = {
+        "width": WIDTH,
+        "epochs": EPOCHS,
+        "momentum": MOMENTUM,
+        "test_samples": TEST_SAMPLES,
+    }
+    fixed |= {"milestones": [*MILESTONES], "warm_up_epochs": WARM_UP, "seeds": [*SEEDS]}
     return [
-        {"N": s["N"], "lr": s["lr"], "batch": batch, "warm_up": warm, "seeds": [*SEEDS]}
+        {"N": s["N"], "lr": s["lr"], "batch": batch, "warm_up": warm, **fixed}
         for batch in BATCHES
         for s in SETTINGS.values()
         for warm in (False, True)
@@ -76,8 +84,8 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         lr=cell["lr"] * cell["batch"] / BATCHES[0],
         momentum=MOMENTUM,
         global_batch=cell["batch"],
-        milestones=(Milestone(epoch=6, factor=10), Milestone(epoch=8, factor=10)),
-        warm_up=WarmUp(epochs=1, first_lr=cell["lr"]) if cell["warm_up"] else None,
+        milestones=tuple(Milestone(epoch=epoch, factor=10) for epoch in MILESTONES),
+        warm_up=WarmUp(epochs=WARM_UP, first_lr=cell["lr"]) if cell["warm_up"] else None,
     )
     plan = make_plan(schedule, cell["N"])
     outcomes = train_side_by_side(task, plan, width=WIDTH, seeds=cell["seeds"])
@@ -138,7 +146,8 @@ def finding(found: dict[str, Any]) -> str:
     later = Outcome.HELD if low > 0 else Outcome.NO if high <= 0 else Outcome.UNDECIDED
     outcomes = [flat.within(ALLOWED), last.above(ALLOWED), later]
     moved = [
-        f"{setting}: {_interval(2 ** (bends(found, setting, True) - warm), 2)} times"
+        f"{setting}: {_interval(2 ** (bends(found, setting, True) - warm), 2)} times with warm-up, "
+        f"{_interval(2 ** (bends(found, setting, False) - cold), 2)} without"
         for setting in SETTINGS
         if setting != "base"
     ]
@@ -148,7 +157,7 @@ def finding(found: dict[str, Any]) -> str:
         f"{BATCHES[-1] // BATCHES[0]}× ({outcomes[1]}). The line bends (error {ALLOWED:g} point "
         f"higher) at a batch of {_interval(2**warm, 0)} with warm-up and "
         f"{_interval(2**cold, 0)} without: the warm-up moves it {_interval(2**won, 2)} times as "
-        f"far ({later}). With other settings the bend (with warm-up) is at another batch: "
+        f"far ({later}). With other settings the bend is at another batch: "
         f"{'; '.join(moved)}. A limit in lr would give 1 and 2 times, a limit in B/N 0.25 and 1. "
         f"Brackets are 95 % intervals. (Held: within {ALLOWED:g} point up to {FLAT}×, more than "
         "that at the largest batch, and the bend is later with warm-up beyond its interval.)"

@@ -6,7 +6,6 @@ Descent", ICLR (arXiv 1710.06451). Goyal et al. 2017: "Accurate, Large Minibatch
 1706.02677).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -31,14 +30,6 @@ def mean(arm: Results) -> float:
     return float(np.mean(arm["finals"]))
 
 
-def difference(arm: Results, other: Results) -> tuple[float, float]:
-    """Mean final test accuracy of `arm` minus that of `other`; its standard error; in points."""
-    finals = [one["finals"] for one in (arm, other)]
-    if min(map(len, finals)) < 2:
-        return mean(arm) - mean(other), math.nan
-    return mean(arm) - mean(other), math.sqrt(sum(np.var(one, ddof=1) / len(one) for one in finals))
-
-
 INTERVALS = "by 95 % intervals, paired by seed,"
 
 
@@ -46,13 +37,6 @@ def _needed(differences: Sequence[Difference]) -> str:
     """How many seeds it would take."""
     counts = [one.needed for one in differences if one.needed is not None]
     return f"{max(counts)} seeds would show 0.3 points" if counts else "one seed shows nothing"
-
-
-def format_difference(values: tuple[float, float]) -> str:
-    """A difference with its standard error, which one seed alone does not have."""
-    if math.isnan(values[1]):
-        return f"{values[0]:+.2f}"
-    return f"{values[0]:+.2f} ± {values[1]:.2f}"
 
 
 # ------------------------------------------------------------------------------- three schedules

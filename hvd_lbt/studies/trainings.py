@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.data.digits import cache_folder, write_digits
+from hvd_lbt.data.order import ORDER_VERSION
 from hvd_lbt.data.teacher import TEACHER
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe, load_recipe, recipe_of
@@ -68,6 +69,11 @@ class Teacher:
 
     def write(self) -> Path:
         """The name of the data set; nothing is stored."""
+        if TEACHER.exists():
+            raise UserError(
+                f"There is a file or folder {TEACHER} here, and --data {TEACHER} would be that: "
+                "start the study in another folder."
+            )
         return TEACHER
 
 
@@ -258,7 +264,15 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
         raise UserError(
             f"{path} was trained with other settings: {changes}. Give another --out, or remove it."
         )
-    return (path / "metrics.jsonl").is_file() and read_run(path).reason == "finished"
+    if not (path / "metrics.jsonl").is_file():
+        return False
+    run = read_run(path)
+    if run.reason == "finished" and run.about.get("order_version", 1) != ORDER_VERSION:
+        raise UserError(
+            f"{path} was trained in another order of samples than this hvd_lbt has, so that seeds "
+            "would not pair. Give another --out, or remove it."
+        )
+    return run.reason == "finished"
 
 
 def _updates(arm: Arm, recipe: Recipe) -> int:

@@ -7,9 +7,8 @@ noise agree in that without any change; but all of them shrink the weights less 
 """
 
 import io
-import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +80,9 @@ def cells(images: str, train_samples: int) -> list[Cell]:
             "treatment": treatment,
             "images": images,
             "train_samples": train_samples,
+            "width": WIDTH,
+            "lambda": LAMBDA,
+            "schedule": asdict(schedule(policy)),
             "seeds": [*SEEDS],
         }
         for policy in POLICIES
@@ -191,7 +193,13 @@ def finding(found: dict[str, Any]) -> str:
         seen = seen or effect.low > 0 or effect.high < 0
         change = paired(equal, kept, "accuracy")
         changes.append(f"{change} ({title})")
-        outcomes.append(Outcome.NO if change.low > 0 else change.above(-math.inf))
+        outcomes.append(
+            Outcome.NO
+            if change.low > 0
+            else Outcome.HELD
+            if change.high <= SAME
+            else Outcome.UNDECIDED
+        )
     if not seen:
         outcomes.append(Outcome.UNDECIDED)
     return (
@@ -199,8 +207,9 @@ def finding(found: dict[str, Any]) -> str:
         f"paired by seed: growing the batch against decaying the lr with the same λ {same}; the "
         f"same decay in every epoch (λ·g₁/g) against λ kept {', '.join(changes)}; λ kept against "
         f"no weight decay {', '.join(matters)}. Brackets are 95 % intervals. (Held: the policies "
-        f"are within {SAME:g} point of each other, and equal decay an epoch is not better than λ "
-        "kept beyond its interval; undecided where weight decay has no effect that is seen.)"
+        f"are within {SAME:g} point of each other, and equal decay an epoch is at most {SAME:g} "
+        "point better than λ kept; did not hold: it is better beyond its interval; undecided where "
+        "weight decay has no effect that is seen.)"
     )
 
 

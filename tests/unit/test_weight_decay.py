@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hvd_lbt.schedule.plan import make_plan
-from hvd_lbt.schedule.settings import Cosine, Milestone, ScaledStart, Schedule
+from hvd_lbt.schedule.settings import Cosine, Milestone, MomentumRamp, ScaledStart, Schedule
 from hvd_lbt.schedule.weight_decay import decay_of_equal_epochs, stage_decays
 
 N, LAMBDA = 6400, 5e-4
@@ -50,6 +50,25 @@ def test_a_cosine_is_summed_update_by_update():
     (only,) = stage_decays(plan, LAMBDA)
     by_hand = sum(0.05 * (1 + math.cos(math.pi * at / 200)) for at in range(200))
     assert only.in_all == pytest.approx(LAMBDA * by_hand)
+
+
+@pytest.mark.parametrize("compensate", ["lr", "batch"])
+def test_a_momentum_that_rises_decays_as_the_noise_scale_says(compensate):
+    plan = make_plan(
+        Schedule(
+            policy="grow_batch",
+            epochs=10,
+            lr=0.1,
+            momentum=0.9,
+            global_batch=16,
+            scaled_start=ScaledStart(momentum=0.98),
+            momentum_ramp=MomentumRamp(epochs=4, compensate=compensate),
+        ),
+        N,
+    )
+    for stage, one in zip(plan.stages, stage_decays(plan, LAMBDA), strict=True):
+        if stage.updates > 10:  # the last update may be small
+            assert one.an_epoch == pytest.approx(LAMBDA * plan.stages[0].noise_scale, rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["decay_lr", "grow_batch"])
