@@ -48,10 +48,15 @@ def kept_cells(
         raise UserError(f"{file} is not there: run the study without --redraw.")
     try:
         found: dict[str, Any] = json.loads(read_text(file, what, MAX_BYTES))
-        of_these = cells is None or [
-            {key: cell[key] for key in wanted}
-            for cell, wanted in zip(found["cells"], cells, strict=True)
-        ] == list(cells)
+        written = json.loads(compact_json({"cells": list(cells or [])}))["cells"]  # as JSON has it
+        of_these = (
+            cells is None
+            or [
+                {key: cell[key] for key in wanted}
+                for cell, wanted in zip(found["cells"], written, strict=True)
+            ]
+            == written
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{what} cannot be read ({type(error).__name__}): train anew.") from error
     if not of_these:

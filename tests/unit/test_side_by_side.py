@@ -131,6 +131,14 @@ def test_damaged_cells_are_named(tmp_path):
         measure_cells([{"x": 1}], doubled, file, 1)
 
 
+def test_settings_that_json_writes_otherwise_are_the_same(tmp_path):
+    cells = [{"x": 1, "falls": ({"epoch": 4},), "lr": 0.1234567}]
+    for jobs in (1, 0):
+        found = kept_cells(tmp_path, "study", cells, doubled, jobs)
+        assert found["cells"][0]["y"] == 2
+    assert found["revision"]
+
+
 def test_numbers_of_other_settings_are_not_drawn(tmp_path):
     (tmp_path / "study.json").write_text('{"cells": [{"x": 1, "y": 2}]}')
     assert kept_cells(tmp_path, "study", [{"x": 1}], doubled, 0)["cells"][0]["y"] == 2
