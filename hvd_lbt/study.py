@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -81,9 +82,7 @@ def main(args: argparse.Namespace) -> int:
         print(redraw(study, args.out))
         return 0
     jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.scale in ("laptop", "smoke") else 1)
-    # Every training saves and ends. A shell's background job ignores SIGINT from its start.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    _catch_signals()
     try:
         print(
             run_study(
@@ -102,24 +101,62 @@ def main(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     """A study that is no set of trainings of `hvd_lbt train`: it has no data and no jobs."""
+    unused = ("data", "jobs", "updates", "launcher")
+    _check_unused(args, unused, "trains nothing with `hvd_lbt train`")
+    resumes = "continues from the last part that was finished"
+    return _make(
+        args,
+        lambda: MEASURED[args.name](args.out, redraw=args.redraw),
+        resumes if args.name == noise_formula.NAME else "begins anew",
+    )
+
+
+def _side_by_side(args: argparse.Namespace) -> int:
+    """A study whose networks are trained at once, without Horovod and on data of its own."""
+    own = args.name in SIDE_BY_SIDE
+    _check_unused(
+        args,
+        ("data", "updates", "launcher") if own else ("updates", "launcher"),
+        f"trains its networks in its own processes{', on data that it makes' * own}",
+    )
+    if not own and (args.data is None) is not args.redraw:
+        raise UserError(
+            f"--data {args.data} has no effect with --redraw, which trains nothing."
+            if args.redraw
+            else f"--data: {args.name} needs images: give the folder that has train/CLASS/FILE."
+        )
+    if args.redraw and args.jobs:
+        raise UserError(f"--jobs {args.jobs} has no effect with --redraw, which trains nothing.")
+    jobs = 0 if args.redraw else args.jobs or len(os.sched_getaffinity(0))
+    if own:
+        return _make(args, lambda: SIDE_BY_SIDE[args.name](args.out, jobs))
+    return _make(args, lambda: weight_decay.study(args.out, jobs, args.data))
+
+
+def _check_unused(args: argparse.Namespace, unused: Sequence[str], why: str) -> None:
+    """Raise UserError for another scale than laptop, and for an argument that is not used."""
     if args.scale != "laptop":
         raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
-    for name in ("data", "jobs", "updates", "launcher"):
+    for name in unused:
         if value := getattr(args, name):
             raise UserError(
-                f"--{name} {value} has no effect on {args.name}, which trains nothing with "
-                "`hvd_lbt train`; leave it out."
+                f"--{name} {value} has no effect on {args.name}, which {why}; leave it out."
             )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+
+
+def _make(
+    args: argparse.Namespace, study: Callable[[], str], resumes: str = "continues from here"
+) -> int:
+    """Print what a study gives; resumes: what the same command does after a signal."""
+    _catch_signals()
     try:
-        print(MEASURED[args.name](args.out, redraw=args.redraw))
+        print(study())
     except OSError as error:
         raise UserError(
             f"--out {args.out}: the study cannot be written there ({error.strerror})."
         ) from error
-    except KeyboardInterrupt:
-        print("Stopped. The same command continues from the last part that was finished.")
+    except (KeyboardInterrupt, Stopped):
+        print(f"Stopped. The same command {resumes}.")
         return EXIT_STOPPED
     return 0
 
@@ -135,41 +172,10 @@ def _words(launcher: str) -> list[str]:
     return words
 
 
-def _side_by_side(args: argparse.Namespace) -> int:
-    """A study whose networks are trained at once, without Horovod and on data of its own."""
-    if args.scale != "laptop":
-        raise UserError(f"--scale {args.scale}: {args.name} has only the scale laptop.")
-    own = args.name in SIDE_BY_SIDE
-    for name in ("data", "updates", "launcher") if own else ("updates", "launcher"):
-        if value := getattr(args, name):
-            raise UserError(
-                f"--{name} {value} has no effect on {args.name}, which trains its networks in its "
-                f"own processes{', on data that it makes' * own}; leave it out."
-            )
-    if not own and (args.data is None) is not args.redraw:
-        raise UserError(
-            f"--data {args.data} has no effect with --redraw, which trains nothing."
-            if args.redraw
-            else f"--data: {args.name} needs images: give the folder that has train/CLASS/FILE."
-        )
-    if args.redraw and args.jobs:
-        raise UserError(f"--jobs {args.jobs} has no effect with --redraw, which trains nothing.")
+def _catch_signals() -> None:
+    """Every training saves and ends. A shell's background job ignores SIGINT from its start."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    jobs = 0 if args.redraw else args.jobs or len(os.sched_getaffinity(0))
-    try:
-        if own:
-            print(SIDE_BY_SIDE[args.name](args.out, jobs))
-        else:
-            print(weight_decay.study(args.out, jobs, args.data))
-    except OSError as error:
-        raise UserError(
-            f"--out {args.out}: the study cannot be written there ({error.strerror})."
-        ) from error
-    except Stopped:
-        print("Stopped. The same command continues from here.")
-        return EXIT_STOPPED
-    return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

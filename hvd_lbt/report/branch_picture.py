@@ -7,14 +7,12 @@ from math import isfinite
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from hvd_lbt.branch_table import WHAT, Branches
 from hvd_lbt.measure.branch_verdict import CONFIDENCE, SMALLEST, Verdict
 from hvd_lbt.report.colours import COLOURS
-from hvd_lbt.report.pictures import FONTS
-
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
+from hvd_lbt.report.pictures import FONTS, PLAIN
 
 
 def draw_branches(

@@ -36,6 +36,7 @@ FONTS: dict[Any, Any] = {
     "grid.color": "#e4e4e4",
     "axes.axisbelow": True,
 }
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")  # 1,281,167
 LABEL = 90  # characters of a label in a legend
 LEGEND_WIDTH = 55  # characters of a line in a picture's legend: of the widest, as W, 9 of 12 inches
 
@@ -136,7 +137,7 @@ def _picture(groups: Sequence[Group], rows: Sequence[Row], *, height: float = 3.
             axes.set_xlabel(x)
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=x == "updates"))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+            axes.xaxis.set_major_formatter(PLAIN)
         figure.align_ylabels(panels[:, 0])
         lines = panels[0, 0].get_lines()[::2]  # each line has its end's dot behind it
         legend = figure.legend(
@@ -191,7 +192,7 @@ def _log_if_decades(axes: Axes, values: Floats) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(PLAIN)
 
 
 Drawing = Callable[[Sequence[Group]], bytes | None]  # None: there is nothing to draw

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from hvd_lbt.errors import UserError
-from hvd_lbt.report.pictures import FONTS, _png
+from hvd_lbt.report.pictures import FONTS, PLAIN, _png
 from hvd_lbt.report.runs import Group, Run
 from hvd_lbt.terminal import printable
 
@@ -123,7 +123,7 @@ def draw_published(groups: Sequence[Group]) -> bytes:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+            axis.set_major_formatter(PLAIN)
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("largest global batch")
         axes.set_ylabel(f"updates to top-1 {TARGET:.1%}")

@@ -42,7 +42,7 @@ def kept_cells(
         measured = measure_cells(cells, measure, out / name / "cells.jsonl", jobs)
         revisions = dict.fromkeys(cell.pop("revision", "unknown") for cell in measured)
         about = {"versions": versions(), "revision": ", ".join(revisions)}
-        file.write_text(compact_json({"cells": measured, **about}), encoding="utf-8")
+        write_whole(file, compact_json({"cells": measured, **about}))
     what = f"{file}, the numbers of an earlier run,"
     if not file.exists():
         raise UserError(f"{file} is not there: run the study without --redraw.")
@@ -62,6 +62,12 @@ def kept_cells(
     if not of_these:
         raise UserError(f"{what} are of other settings: run the study without --redraw.")
     return found
+
+
+def find_cell(found: dict[str, Any], wanted: Cell) -> Cell:
+    """The first cell of a study's numbers that has these settings."""
+    cell: Cell = next(cell for cell in found["cells"] if wanted.items() <= cell.items())
+    return cell
 
 
 def measure_cells(

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hvd_lbt.report.colours import COLOURS
-from hvd_lbt.report.pictures import FONTS
+from hvd_lbt.report.pictures import FONTS, PLAIN
 from hvd_lbt.studies.paired import Outcome, all_of, held_if, paired
-from hvd_lbt.studies.pictures import BANDS, PLAIN
+from hvd_lbt.studies.pictures import BANDS, late_range
 from hvd_lbt.studies.trainings import Arm, Results, Study, Teacher, Verdict
 
 MARGIN = 0.5  # percentage points that a schedule with fewer updates may lose
@@ -218,17 +218,7 @@ def _curves(axes: Axes, arms: Sequence[Results], quantity: str, against: str) ->
         x = curve[against]
         axes.plot(x, curve["mean"], line, color=colour, linewidth=1.8, label=arm["label"])
         axes.fill_between(x, curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
-    late = [
-        value
-        for arm in arms
-        for epoch, low, high in zip(
-            *(arm[quantity][key] for key in ("epochs", "low", "high")), strict=True
-        )
-        if epoch > arm[quantity]["epochs"][-1] / 9
-        for value in (low, high)
-    ]
-    room = 0.08 * (max(late) - min(late)) or 0.1
-    axes.set_ylim(min(late) - room, max(late) + room)
+    axes.set_ylim(*late_range(arms, quantity, 1 / 9))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hvd_lbt.errors import UserError
 from hvd_lbt.plain_yaml import read_text
+from hvd_lbt.whole_file import write_whole
 
 MAX_BYTES = 16 * 2**20
 
@@ -33,9 +34,7 @@ def kept_or_measured(
                 f"--redraw: {file} {what}. Run the study without --redraw, or give another --out."
             )
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f"{file.name}.new")
-        scratch.write_text(written(measure()), encoding="utf-8")
-        scratch.replace(file)
+        write_whole(file, written(measure()))
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 

@@ -13,16 +13,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from hvd_lbt.report.colours import COLOURS
-from hvd_lbt.report.pictures import FONTS
-from hvd_lbt.schedule.plan import make_plan
+from hvd_lbt.report.pictures import FONTS, PLAIN
 from hvd_lbt.schedule.settings import Milestone, Schedule, WarmUp
-from hvd_lbt.studies.cells import Cell, kept_cells
+from hvd_lbt.studies.cells import Cell, find_cell, kept_cells
 from hvd_lbt.studies.paired import Outcome, all_of, paired
-from hvd_lbt.studies.side_by_side import teacher_task, train_side_by_side
+from hvd_lbt.studies.pictures import write_report
+from hvd_lbt.studies.side_by_side import train_on_teacher
 from hvd_lbt.studies.trainings import made_with
 
 Floats = NDArray[np.float64]
@@ -41,7 +41,6 @@ SEEDS = tuple(range(6))
 ALLOWED = 1.0  # points of error above that of the smallest batch: there the line bends
 FLAT = 8  # times the smallest batch, up to which the error has to stay
 RESAMPLED = 1_000
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
 def study(out: Path, jobs: int) -> str:
@@ -50,8 +49,7 @@ def study(out: Path, jobs: int) -> str:
     jobs: processes; 0 trains nothing and draws OUT/linear_scaling.json anew.
     """
     found = kept_cells(out, NAME, cells(), train_cell, jobs)
-    draw(found).savefig(out / f"{NAME}.png", dpi=100)
-    (out / f"{NAME}.md").write_text(page(found), encoding="utf-8")
+    write_report(out, NAME, draw(found), page(found))
     return finding(found)
 
 
@@ -75,9 +73,6 @@ def cells() -> list[Cell]:
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """The networks of all seeds with these settings."""
-    task = teacher_task(
-        train_samples=cell["N"], test_samples=TEST_SAMPLES, seeds=cell["seeds"], label_noise=0.0
-    )
     schedule = Schedule(
         policy="decay_lr",
         epochs=EPOCHS,
@@ -87,8 +82,14 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         milestones=tuple(Milestone(epoch=epoch, factor=10) for epoch in MILESTONES),
         warm_up=WarmUp(epochs=WARM_UP, first_lr=cell["lr"]) if cell["warm_up"] else None,
     )
-    plan = make_plan(schedule, cell["N"])
-    outcomes = train_side_by_side(task, plan, width=WIDTH, seeds=cell["seeds"])
+    plan, outcomes = train_on_teacher(
+        schedule,
+        train_samples=cell["N"],
+        test_samples=TEST_SAMPLES,
+        label_noise=0.0,
+        width=WIDTH,
+        seeds=cell["seeds"],
+    )
     return {"updates": plan.updates, **vars(outcomes)}
 
 
@@ -98,8 +99,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
 def find(found: dict[str, Any], setting: str, batch: int, warm: bool) -> Cell:
     """The cell of a setting; the smallest batch needs no warm-up and has none."""
     wanted = SETTINGS[setting] | {"batch": batch, "warm_up": warm and batch > BATCHES[0]}
-    cell: Cell = next(cell for cell in found["cells"] if wanted.items() <= cell.items())
-    return cell
+    return find_cell(found, wanted)
 
 
 def errors(found: dict[str, Any], setting: str, warm: bool) -> Floats:

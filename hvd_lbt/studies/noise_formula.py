@@ -33,6 +33,7 @@ from hvd_lbt.schedule.weight_variance import (
 )
 from hvd_lbt.studies.kept_numbers import kept_or_measured
 from hvd_lbt.studies.paired import LEVEL, Outcome
+from hvd_lbt.studies.pictures import write_report
 from hvd_lbt.studies.quadratic import (
     Setting,
     batch_means,
@@ -106,8 +107,7 @@ def study(out: Path, *, redraw: bool = False) -> str:
     found = kept_or_measured(
         file, settings, lambda: measure(settings, parts), _lines, redraw=redraw
     )
-    draw(found).savefig(out / f"{NAME}.png", dpi=100)
-    (out / f"{NAME}.md").write_text(report(found), encoding="utf-8")
+    write_report(out, NAME, draw(found), report(found))
     return finding(found)
 
 

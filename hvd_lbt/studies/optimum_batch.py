@@ -15,16 +15,16 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from hvd_lbt.report.colours import COLOURS
-from hvd_lbt.report.pictures import FONTS
-from hvd_lbt.schedule.plan import make_plan
+from hvd_lbt.report.pictures import FONTS, PLAIN
 from hvd_lbt.schedule.settings import Schedule
 from hvd_lbt.studies.cells import Cell, kept_cells
 from hvd_lbt.studies.paired import Outcome, all_of
-from hvd_lbt.studies.side_by_side import teacher_task, train_side_by_side
+from hvd_lbt.studies.pictures import write_report
+from hvd_lbt.studies.side_by_side import train_on_teacher
 from hvd_lbt.studies.trainings import made_with
 
 Floats = NDArray[np.float64]
@@ -47,7 +47,6 @@ MARGIN = 0.5  # of an exponent around 1 within which the claim holds
 HURTS = {"accuracy": 1.0, "test_loss": 0.05}  # points, nats: worse than the best by so much
 RESAMPLED = 1_000
 NEAR = 0.5  # steps of √2 from an end of the grid: what lies there is only a bound
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
 
 
 def study(out: Path, jobs: int) -> str:
@@ -56,8 +55,7 @@ def study(out: Path, jobs: int) -> str:
     jobs: processes; 0 trains nothing and draws OUT/optimum_batch.json anew.
     """
     found = kept_cells(out, NAME, cells(), train_cell, jobs)
-    draw(found).savefig(out / f"{NAME}.png", dpi=100)
-    (out / f"{NAME}.md").write_text(page(found), encoding="utf-8")
+    write_report(out, NAME, draw(found), page(found))
     return finding(found)
 
 
@@ -93,12 +91,6 @@ def updates_of(lr: float, total: float) -> int:
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """The networks of all seeds with these settings."""
-    task = teacher_task(
-        train_samples=cell["N"],
-        test_samples=TEST_SAMPLES,
-        seeds=cell["seeds"],
-        label_noise=LABEL_NOISE,
-    )
     schedule = Schedule(
         policy="decay_lr",
         epochs=updates_of(cell["lr"], cell["1/(1−m)"]) * cell["batch"] / cell["N"],
@@ -106,8 +98,14 @@ def train_cell(cell: Cell) -> dict[str, Any]:
         momentum=1 - 1 / cell["1/(1−m)"],
         global_batch=cell["batch"],
     )
-    plan = make_plan(schedule, cell["N"])
-    outcomes = train_side_by_side(task, plan, width=WIDTH, seeds=cell["seeds"])
+    plan, outcomes = train_on_teacher(
+        schedule,
+        train_samples=cell["N"],
+        test_samples=TEST_SAMPLES,
+        label_noise=LABEL_NOISE,
+        width=WIDTH,
+        seeds=cell["seeds"],
+    )
     return {"updates": plan.updates, **vars(outcomes)}
 
 

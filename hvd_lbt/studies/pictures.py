@@ -1,21 +1,26 @@
 """The figures of the studies, from their collected numbers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from hvd_lbt.report.colours import COLOURS, POLICIES, assign
-from hvd_lbt.report.pictures import FONTS
+from hvd_lbt.report.pictures import FONTS, PLAIN
+from hvd_lbt.whole_file import write_whole
 
 Results = dict[str, Any]
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.6g}")
-
-
 BANDS = "Lines: mean of the seeds; bands: their range."
+
+
+def write_report(out: Path, stem: str, figure: Figure, page: str) -> None:
+    """Write OUT/STEM.png and OUT/STEM.md, a study's figure and page."""
+    figure.savefig(out / f"{stem}.png", dpi=100)
+    write_whole(out / f"{stem}.md", page)
 
 
 def draw_curves(found: Results) -> Figure:
@@ -61,7 +66,7 @@ def _draw_curve(axes: Axes, arms: Sequence[Results], quantity: str, against: str
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylabel("test accuracy, %")
-        axes.set_ylim(*_late_range(arms))
+        axes.set_ylim(*late_range(arms))
 
 
 def _colours(arms: Sequence[Results]) -> list[str]:
@@ -74,15 +79,17 @@ def _colours(arms: Sequence[Results]) -> list[str]:
     return [COLOURS[place] for place, _ in assign(policies)]
 
 
-def _late_range(arms: Sequence[Results]) -> tuple[float, float]:
-    """The range of the accuracies after the first fifth of the run, and some room."""
+def late_range(
+    arms: Sequence[Results], quantity: str = "accuracy", left_out: float = 1 / 5
+) -> tuple[float, float]:
+    """The range of the curves after this first share of the run, and some room."""
     late = [
         value
         for arm in arms
         for epoch, low, high in zip(
-            *(arm["accuracy"][key] for key in ("epochs", "low", "high")), strict=True
+            *(arm[quantity][key] for key in ("epochs", "low", "high")), strict=True
         )
-        if epoch >= arm["accuracy"]["epochs"][-1] / 5
+        if epoch >= left_out * arm[quantity]["epochs"][-1]
         for value in (low, high)
     ]
     room = 0.08 * (max(late) - min(late)) or 0.5

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hvd_lbt.data.order import SampleStream
-from hvd_lbt.schedule.plan import Plan, PlannedUpdates, Update
+from hvd_lbt.schedule.plan import Plan, PlannedUpdates, Update, make_plan
+from hvd_lbt.schedule.settings import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,23 @@ class Perceptrons:
         first, first_bias, last, last_bias = self.weights
         hidden = torch.baddbmm(first_bias, inputs, first).clamp_min_(0)
         return hidden, torch.baddbmm(last_bias, last, hidden.transpose(1, 2))
+
+
+def train_on_teacher(
+    schedule: Schedule,
+    *,
+    train_samples: int,
+    test_samples: int,
+    label_noise: float,
+    width: int,
+    seeds: Sequence[int],
+) -> tuple[Plan, Outcomes]:
+    """The plan of this schedule, and what came of it on `teacher_task`'s data; one value a seed."""
+    task = teacher_task(
+        train_samples=train_samples, test_samples=test_samples, seeds=seeds, label_noise=label_noise
+    )
+    plan = make_plan(schedule, train_samples)
+    return plan, train_side_by_side(task, plan, width=width, seeds=seeds)
 
 
 @torch.inference_mode()

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from hvd_lbt.report.colours import COLOURS
 from hvd_lbt.report.colours import POLICIES as PLACES
 from hvd_lbt.report.pictures import FONTS
-from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.schedule.settings import Milestone, Schedule
-from hvd_lbt.studies.cells import Cell, kept_cells
+from hvd_lbt.studies.cells import Cell, find_cell, kept_cells
 from hvd_lbt.studies.paired import Difference, Outcome, all_of, paired
-from hvd_lbt.studies.side_by_side import teacher_task, train_side_by_side
+from hvd_lbt.studies.pictures import write_report
+from hvd_lbt.studies.side_by_side import train_on_teacher
 from hvd_lbt.studies.trainings import made_with, spread
 
 Floats = NDArray[np.float64]
@@ -45,8 +45,7 @@ def study(out: Path, jobs: int) -> str:
     jobs: processes; 0 trains nothing and draws OUT/stage_noise.json anew.
     """
     found = kept_cells(out, NAME, cells(), train_cell, jobs)
-    draw(found).savefig(out / f"{NAME}.png", dpi=100)
-    (out / f"{NAME}.md").write_text(page(found), encoding="utf-8")
+    write_report(out, NAME, draw(found), page(found))
     return finding(found)
 
 
@@ -83,14 +82,14 @@ def schedule(policy: str, factor: int) -> Schedule:
 
 def train_cell(cell: Cell) -> dict[str, Any]:
     """The networks of all seeds with these settings."""
-    task = teacher_task(
+    plan, outcomes = train_on_teacher(
+        schedule(cell["policy"], cell["factor"]),
         train_samples=N,
         test_samples=TEST_SAMPLES,
-        seeds=cell["seeds"],
         label_noise=cell["label_noise"],
+        width=WIDTH,
+        seeds=cell["seeds"],
     )
-    plan = make_plan(schedule(cell["policy"], cell["factor"]), N)
-    outcomes = train_side_by_side(task, plan, width=WIDTH, seeds=cell["seeds"])
     return {"updates": plan.updates, "end": plan.stages[-1].noise_scale, **vars(outcomes)}
 
 
@@ -99,13 +98,8 @@ def train_cell(cell: Cell) -> dict[str, Any]:
 
 def find(found: dict[str, Any], noise: float, policy: str, factor: int) -> Cell:
     """The cell of these settings."""
-    wanted = {
-        "label_noise": noise,
-        "policy": policy if factor > 1 else "decay_lr",
-        "factor": factor,
-    }
-    cell: Cell = next(cell for cell in found["cells"] if wanted.items() <= cell.items())
-    return cell
+    policy = policy if factor > 1 else "decay_lr"
+    return find_cell(found, {"label_noise": noise, "policy": policy, "factor": factor})
 
 
 def best(found: dict[str, Any], noise: float, policy: str) -> Cell:

@@ -31,6 +31,8 @@ from hvd_lbt.rounding import five_digits
 from hvd_lbt.schedule.plan import make_plan
 from hvd_lbt.stop import EXIT_STOPPED
 from hvd_lbt.studies.paired import Outcome
+from hvd_lbt.studies.pictures import write_report
+from hvd_lbt.whole_file import write_whole
 
 MAX_BYTES = 64 * 2**20  # of a study's JSON
 Results = dict[str, Any]  # what a study measured, plain enough for JSON
@@ -199,7 +201,7 @@ def run_study(
     found["seconds"] = {"trainings": sum(run.seconds for run in runs.values())}
     if len(missing) == len(tasks):
         found["seconds"]["this command"] = seconds
-    (out / f"{study.stem}.json").write_text(compact_json(found), encoding="utf-8")
+    write_whole(out / f"{study.stem}.json", compact_json(found))
     sentence = redraw(study, out)
     print(f"Wrote {out / study.stem}.md, .png and .json after {seconds:.0f} s.")
     return sentence
@@ -228,8 +230,7 @@ def redraw(study: Study, out: Path) -> str:
             f"{file} holds the numbers of other trainings than {study.name} has today. "
             f"`hvd_lbt study {study.name}` makes it anew."
         )
-    study.draw(found).savefig(out / f"{study.stem}.png", dpi=100)
-    (out / f"{study.stem}.md").write_text(page(study, found), encoding="utf-8")
+    write_report(out, study.stem, study.draw(found), page(study, found))
     verdict = study.judge(found)
     return f"The claim {verdict.outcome}. {verdict.sentence}"
 

@@ -28,8 +28,9 @@ from hvd_lbt.report.pictures import FONTS
 from hvd_lbt.schedule.plan import Plan, Update, make_plan
 from hvd_lbt.schedule.settings import Milestone, Schedule
 from hvd_lbt.schedule.weight_decay import decay_of_equal_epochs, stage_decays
-from hvd_lbt.studies.cells import Cell, kept_cells
+from hvd_lbt.studies.cells import Cell, find_cell, kept_cells
 from hvd_lbt.studies.paired import Outcome, all_of, paired
+from hvd_lbt.studies.pictures import write_report
 from hvd_lbt.studies.side_by_side import Task, train_side_by_side
 from hvd_lbt.studies.trainings import made_with, spread
 
@@ -67,8 +68,7 @@ def study(out: Path, jobs: int, data: Path | None = None) -> str:
     images = _images(str(data)) if jobs else None
     wanted = cells(images.identity, images.train_samples) if images else None
     found = kept_cells(out, NAME, wanted, partial(train_cell, data=str(data)), jobs)
-    draw(found).savefig(out / f"{NAME}.png", dpi=100)
-    (out / f"{NAME}.md").write_text(page(found), encoding="utf-8")
+    write_report(out, NAME, draw(found), page(found))
     return finding(found)
 
 
@@ -176,9 +176,7 @@ def _pixels(store: Store, index: int) -> Tensor:
 
 def find(found: dict[str, Any], policy: str, treatment: str) -> Cell:
     """The cell of this policy and treatment."""
-    wanted = {"policy": policy, "treatment": treatment}
-    cell: Cell = next(cell for cell in found["cells"] if wanted.items() <= cell.items())
-    return cell
+    return find_cell(found, {"policy": policy, "treatment": treatment})
 
 
 def finding(found: dict[str, Any]) -> str:
