@@ -27,7 +27,7 @@ import yaml
 from torch import Tensor
 
 from hvd_lbt.data.identity import Identity, same_at_resume
-from hvd_lbt.data.order import ORDER_VERSION
+from hvd_lbt.data.order import ORDER_VERSION, other_version
 from hvd_lbt.errors import CheckpointError, UserError
 from hvd_lbt.recipe import Recipe, RunRecipe, recipe_of
 from hvd_lbt.run_lock import RunLock
@@ -245,8 +245,7 @@ def open_run(
 
 def _check_order(state: Mapping[str, Any], out: Path) -> None:
     """Raise UserError if the run's samples came in the order of another version."""
-    version = state.get("order_version", 1)
-    if version != ORDER_VERSION:
+    if version := other_version(state):
         raise UserError(
             f"{out} was trained with version {version} of the samples' order, and this program has "
             f"version {ORDER_VERSION}: the epoch that was under way would get some samples twice "

@@ -31,7 +31,7 @@ from hvd_lbt.branch_table import WHAT, render_branches, sentences
 from hvd_lbt.branch_training import Branch, Brancher, Origin
 from hvd_lbt.data.identity import same_at_resume, same_on_all_ranks
 from hvd_lbt.data.on_device import keep_images
-from hvd_lbt.data.order import ORDER_VERSION
+from hvd_lbt.data.order import other_version
 from hvd_lbt.data.store import open_data
 from hvd_lbt.errors import UserError
 from hvd_lbt.growing import Growing
@@ -159,7 +159,7 @@ def _origin(
     said = same_at_resume(state, splits, f"The checkpoint {file}", resumes=False)
     if said and world.rank == 0:
         print(said, flush=True)
-    if state.get("order_version", 1) != ORDER_VERSION and world.rank == 0:
+    if other_version(state) and world.rank == 0:
         print(
             f"The checkpoint {file} is of another version of the samples' order: the branches take "
             "other samples than the run itself would have taken next.",

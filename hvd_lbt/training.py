@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvd_lbt.data.mixing import Mixing
-from hvd_lbt.data.order import ORDER_VERSION
+from hvd_lbt.data.order import ORDER_VERSION, other_version
 from hvd_lbt.ema import WeightAverage
 from hvd_lbt.errors import OutOfMemoryError, UserError
 from hvd_lbt.hyperparameters import make_optimizer, set_hyperparameters
@@ -317,8 +317,7 @@ class Training:
 
         Raises UserError for a state whose samples came in the order of another version.
         """
-        version = state.get("order_version", 1)
-        if version != ORDER_VERSION:
+        if version := other_version(state):
             raise UserError(
                 f"Training: the state is of version {version} of the samples' order, and this "
                 f"hvd_lbt has version {ORDER_VERSION}: PlanSampler would give some samples of the "

@@ -6,6 +6,9 @@ used: NumPy promises their stream for all versions, and does not promise its `pe
 order of an epoch is a `Permutation` whose key are such words: no array of N numbers is kept.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +25,12 @@ ORDER, UNIFORMS, MIXING, BLOCKS, WINDOWS = 0, 1, 2, 3, 4
 # Which order this is. A checkpoint keeps it: a run can only be resumed in the order that it had.
 # 1 (and checkpoints without a number): the stable sort of N random words. 2: `Permutation`.
 ORDER_VERSION = 2
+
+
+def other_version(kept: Mapping[str, Any]) -> int | None:
+    """The version of the order that a checkpoint or a run was trained in; None: this program's."""
+    version = int(kept.get("order_version", 1))
+    return None if version == ORDER_VERSION else version
 
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> Permutation:

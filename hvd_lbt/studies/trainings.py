@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from hvd_lbt import plain_yaml
 from hvd_lbt.data.digits import cache_folder, write_digits
-from hvd_lbt.data.order import ORDER_VERSION
+from hvd_lbt.data.order import other_version
 from hvd_lbt.data.teacher import TEACHER
 from hvd_lbt.errors import UserError
 from hvd_lbt.recipe import Recipe, load_recipe, recipe_of
@@ -268,7 +268,7 @@ def _is_finished(path: Path, recipe: Recipe) -> bool:
     if not (path / "metrics.jsonl").is_file():
         return False
     run = read_run(path)
-    if run.reason == "finished" and run.about.get("order_version", 1) != ORDER_VERSION:
+    if run.reason == "finished" and other_version(run.about):
         raise UserError(
             f"{path} was trained in another order of samples than this hvd_lbt has, so that seeds "
             "would not pair. Give another --out, or remove it."
