@@ -34,7 +34,7 @@ class Difference:
     """The mean of paired differences and its 95 % interval, all in percentage points.
 
     pairs: how many seeds; with one the interval is infinite. needed: the seeds with which a
-    difference of 0.3 points would be told from none (two-sided 5 %, power 80 %) at this spread;
+    difference of 0.3 points would show (two-sided 5 %, power 80 %) at this spread;
     None with one seed.
     """
 

@@ -85,7 +85,7 @@ def draw(found: Results) -> Figure:
 _STUDY = partial(
     Study,
     name="shuffle_block",
-    claim="None of the papers: they shuffle all samples. Ours, told beforehand: 16 blocks of 16 "
+    claim="None of the papers: they shuffle all samples. Ours, set beforehand: 16 blocks of 16 "
     f"images shuffled together lose at most {MARGIN:g} points against shuffling all, though every "
     "block is of one class.",
     draw=draw,

@@ -35,6 +35,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from namespaces import hosts_of, start_gloo_ranks, switch_script, write_hosts
+
 ROOT = Path(__file__).parents[2]
 RANK = Path(__file__).with_name("observed_rank.py")
 NODES = 8
@@ -58,26 +60,7 @@ SETTINGS = (
     *("layout.micro_batch=64", "layout.ghost_batch=1", "wire.form=fp32", "run.keep_checkpoints=9"),
 )
 
-SWITCH = """\
-set -e
-cd "$1" && shift
-nodes=$1 && shift
-mount --bind hosts /etc/hosts
-mount -t tmpfs tmpfs /dev/shm
-hostname switch && ip link set lo up
-ip link add switch type bridge && ip address add 10.79.0.100/24 dev switch && ip link set switch up
-for ((node = 1; node <= nodes; node++)); do
-  unshare --net --uts bash -c 'hostname node'$node'; ip link set lo up; touch apart'$node'
-    exec sleep 100000' &
-  until [[ -e apart$node ]]; do sleep 0.05; done
-  echo $! >pid.node$node
-  ip link add port$node type veth peer name net0 netns $!
-  ip link set port$node master switch up
-  nsenter --target $! --net ip address add 10.79.0.$node/24 dev net0
-  nsenter --target $! --net ip link set net0 up
-done
-exec "$@"
-"""
+PREFIX = "10.79.0"  # of the network's addresses
 AGENT = """\
 #!/usr/bin/env bash
 # what mpirun starts its daemons by, instead of ssh: HOST COMMAND…
@@ -135,12 +118,11 @@ def start_mpi(spec: dict[str, Any], folder: Path) -> list[subprocess.Popen[bytes
     agent = folder / "agent"
     agent.write_text(AGENT.format(folder=folder))
     agent.chmod(0o755)
-    each = spec["ranks"] // spec["nodes"]
-    hosts = ",".join(f"node{node}:{each}" for node in range(1, spec["nodes"] + 1))
+    hosts = hosts_of(spec["nodes"], spec["ranks"])
     settings = {
         "plm_rsh_agent": str(agent),
-        "oob_tcp_if_include": "10.79.0.0/24",
-        "btl_tcp_if_include": "10.79.0.0/24",
+        "oob_tcp_if_include": f"{PREFIX}.0/24",
+        "btl_tcp_if_include": f"{PREFIX}.0/24",
         "btl": "self,vader,tcp",
         "pml": "ob1",
     }
@@ -154,36 +136,14 @@ def start_mpi(spec: dict[str, Any], folder: Path) -> list[subprocess.Popen[bytes
 
 def start_gloo(spec: dict[str, Any], folder: Path) -> list[subprocess.Popen[bytes]]:
     """The ranks as horovodrun --gloo starts them, with its rendezvous server in this process."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousHandler, RendezvousServer
+    from horovod.runner.http.http_server import RendezvousHandler
 
     class Counting(RendezvousHandler):
         def log_request(self, *about: Any) -> None:
             REQUESTS[self.command] += 1
 
-    each = spec["ranks"] // spec["nodes"]
-    hosts = ",".join(f"node{node}:{each}" for node in range(1, spec["nodes"] + 1))
-    server = RendezvousServer()
-    port = server.start(Counting)
-    slots = get_host_assignments(parse_hosts(hosts), spec["ranks"])
-    server.init(slots)
-    ranks = []
-    for slot in slots:
-        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
-        about = {f"HOROVOD_{name.upper()}": str(getattr(slot, name)) for name in names}
-        about |= {
-            "HOROVOD_HOSTNAME": slot.hostname,
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_IFACE": "net0",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.79.0.100",
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
-        }
-        pid = Path(folder, f"pid.{slot.hostname}").read_text().strip()
-        enter = ["nsenter", "--target", pid, "--net", "--uts", "--"]
-        command = [*enter, sys.executable, str(RANK), *spec["words"]]
-        ranks.append(subprocess.Popen(command, env=os.environ | about))
-    return ranks
+    command = [sys.executable, str(RANK), *spec["words"]]
+    return start_gloo_ranks(PREFIX, spec["nodes"], spec["ranks"], command, Counting)
 
 
 def what_is_left(shared_before: set[str], nodes: int) -> dict[str, Any]:
@@ -224,9 +184,7 @@ class Run:
                 "HVD_LBT_NOTES_UPDATES": str(stage_updates()[0]),
                 "HOROVOD_CYCLE_TIME": f"{cycle_ms:g}",
             }
-            addresses = [f"10.79.0.{node} node{node}\n" for node in range(1, nodes + 1)]
-            addresses += ["10.79.0.100 switch\n", "127.0.0.1 localhost\n"]
-            Path(scratch, "hosts").write_text("".join(addresses))
+            write_hosts(scratch, PREFIX, nodes)
             spec = {
                 "controller": controller,
                 "ranks": ranks,
@@ -259,8 +217,9 @@ def in_namespaces(
     folder: str, nodes: int, variables: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run `--launch` of this file in network, host and process namespaces of its own."""
+    script = switch_script(PREFIX, first="mount -t tmpfs tmpfs /dev/shm")
     apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
-    apart += ["--mount-proc", "bash", "-c", SWITCH, "bash", folder, str(nodes)]
+    apart += ["--mount-proc", "bash", "-c", script, "bash", folder, str(nodes)]
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     allowed |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}  # as launch/local
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -514,7 +473,7 @@ def campaign(args: argparse.Namespace) -> dict[str, Any]:
             row |= {"load_before": load, "seconds": time.monotonic() - began}
             rows.append(row)
             print(f"{controller}, {ranks} ranks: {row}", file=sys.stderr, flush=True)
-            if args.out:  # a campaign that is ended goes on from here
+            if args.out:  # a campaign that was ended continues here
                 args.out.write_text(json.dumps({"rows": rows}) + "\n")
     rows.sort(key=lambda row: (row["controller"], row["cycle_ms"], row["ranks"]))
     return five_digits(

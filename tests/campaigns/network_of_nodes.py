@@ -29,33 +29,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from namespaces import start_gloo_ranks, switch_script, write_hosts
+
 ROOT = Path(__file__).parents[2]
 FORWARD, BACKWARD = 0.3, 0.6  # seconds of sleep: as 96 samples at 107 images/s
 WARMUPS = 1  # update that is not counted: connections are made
 ALLOWED = 0.10
 
-SWITCH = """\
-set -e
-cd "$1" && shift
-nodes=$1 rate=$2 && shift 2
-mount --bind hosts /etc/hosts
-hostname switch && ip link set lo up
-ip link add switch type bridge && ip address add 10.78.0.100/24 dev switch && ip link set switch up
-for ((node = 1; node <= nodes; node++)); do
-  unshare --net --uts bash -c 'hostname node'$node'; ip link set lo up; touch apart'$node'
-    exec sleep 100000' &
-  until [[ -e apart$node ]]; do sleep 0.05; done
-  echo $! >pid.node$node
-  ip link add port$node type veth peer name net0 netns $!
-  ip link set port$node master switch up
-  nsenter --target $! --net ip address add 10.78.0.$node/24 dev net0
-  nsenter --target $! --net ip link set net0 up
-  # both directions: a node sends at this rate, and is sent to at this rate
-  nsenter --target $! --net tc qdisc add dev net0 root tbf rate ${rate}mbit burst 64k limit 512k
-  tc qdisc add dev port$node root tbf rate ${rate}mbit burst 64k limit 512k
-done
-exec "$@"
-"""
+PREFIX = "10.78.0"  # of the network's addresses
+# both directions: a node sends at this rate, and is sent to at this rate
+LINK = """\
+nsenter --target $! --net tc qdisc add dev net0 root tbf rate {rate}mbit burst 64k limit 512k
+  tc qdisc add dev port$node root tbf rate {rate}mbit burst 64k limit 512k"""
 
 
 def run_nodes(nodes: int, rate: float, words: Sequence[str]) -> str:
@@ -64,10 +49,10 @@ def run_nodes(nodes: int, rate: float, words: Sequence[str]) -> str:
     rate: of each link, Mbit/s. Raises RuntimeError with all output unless it ends with 0.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        addresses = [f"10.78.0.{node} node{node}\n" for node in range(1, nodes + 1)]
-        Path(scratch, "hosts").write_text("".join(["127.0.0.1 localhost\n", *addresses]))
+        write_hosts(scratch, PREFIX, nodes)
+        script = switch_script(PREFIX, each=LINK.format(rate=f"{rate:g}"))
         apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
-        apart += ["--mount-proc", "bash", "-c", SWITCH, "bash", scratch, str(nodes), f"{rate:g}"]
+        apart += ["--mount-proc", "bash", "-c", script, "bash", scratch, str(nodes)]
         done = subprocess.run(
             [*apart, sys.executable, __file__, "--launch", str(nodes), *words],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -85,29 +70,8 @@ def run_nodes(nodes: int, rate: float, words: Sequence[str]) -> str:
 
 def launch(nodes: int, words: Sequence[str]) -> int:
     """Start one rank in each node's namespaces, and give them the addresses of each other."""
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
-
-    hosts = ",".join(f"node{node}:1" for node in range(1, nodes + 1))
-    server = RendezvousServer()
-    port = server.start()
-    slots = get_host_assignments(parse_hosts(hosts), nodes)
-    server.init(slots)
-    ranks = []
-    for slot in slots:
-        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
-        about = {f"HOROVOD_{name.upper()}": str(getattr(slot, name)) for name in names}
-        about |= {
-            "HOROVOD_HOSTNAME": slot.hostname,
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_IFACE": "net0",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.78.0.100",
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
-        }
-        enter = ["nsenter", "--target", Path(f"pid.{slot.hostname}").read_text().strip()]
-        enter += ["--net", "--uts", "--", sys.executable, __file__, "--rank", *words]
-        ranks.append(subprocess.Popen(enter, env=os.environ | about))
+    command = [sys.executable, __file__, "--rank", *words]
+    ranks = start_gloo_ranks(PREFIX, nodes, nodes, command)
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(0.2)
     return max(abs(rank.poll() or 0) for rank in ranks)  # the others end with this namespace
